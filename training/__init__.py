@@ -1,0 +1,1 @@
+"""Torch modules, data and stages that train what the runtime reads."""
