@@ -1,0 +1,105 @@
+"""The bank's key: one numpy function for building memories and for asking, shared with training.
+
+``key = [sqrt(1 - alpha) * image, sqrt(alpha) * text]`` with both parts of length one, so that
+``dot(a, b) = (1 - alpha) * cos_image + alpha * cos_text``. Only frozen parts enter: the encoder's
+pooled features and the LM's token embeddings. A memory's text is its own; a query's text is the
+question, never an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyalign.runtime.errors import ModelError
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class KeyArrays:
+    """The key recipe's numbers, all f32. Dv = vision width, D = LM width, key width = di + dt."""
+
+    image_mean: Array  # [Dv]
+    image_projection: Array  # [Dv, di]
+    text_mean: Array  # [D]
+    text_projection: Array  # [D, dt]
+    alpha: float  # share of the text part, 0..1
+
+    @property
+    def width(self) -> int:
+        """Length of a key, di + dt."""
+        return int(self.image_projection.shape[1] + self.text_projection.shape[1])
+
+
+def make_key(pooled: Array, text: Array | None, arrays: KeyArrays) -> Array:
+    """One key f32 [di + dt] from ``pooled`` [Dv] (row 0 of the cells) and ``text`` [D] or None."""
+    key: Array = make_keys(pooled[None], None if text is None else text[None], arrays)[0]
+    return key
+
+
+def make_keys(pooled: Array, text: Array | None, arrays: KeyArrays) -> Array:
+    """Keys f32 [B, di + dt] from ``pooled`` [B, Dv] and ``text`` [B, D].
+
+    Without text the whole weight goes to the image part, so the key still has length one; likewise
+    for a row whose text is all zeros.
+    """
+    image = _unit((pooled.astype(np.float32) - arrays.image_mean) @ arrays.image_projection)
+    words = np.zeros((len(image), arrays.text_projection.shape[1]), np.float32)
+    if text is not None:
+        given = np.any(text != 0, axis=1, keepdims=True)
+        words = _unit((text.astype(np.float32) - arrays.text_mean) @ arrays.text_projection) * given
+    alpha = np.where(np.any(words != 0, axis=1, keepdims=True), arrays.alpha, 0.0)
+    key = np.concatenate([np.sqrt(1 - alpha) * image, np.sqrt(alpha) * words], axis=1)
+    return key.astype(np.float32)
+
+
+def mean_embedding(
+    ids: Sequence[int], embeddings: NDArray[np.float16] | NDArray[np.float32]
+) -> Array | None:
+    """Mean f32 [D] of the token embeddings of ``ids``, or None without ids."""
+    if not ids:
+        return None
+    mean: Array = embeddings[list(ids)].astype(np.float32).mean(axis=0)
+    return mean
+
+
+def save_key_arrays(path: Path, arrays: KeyArrays) -> None:
+    """Write ``key.npz``."""
+    values: dict[str, Any] = {
+        f.name: np.asarray(getattr(arrays, f.name), np.float32) for f in fields(arrays)
+    }
+    with path.open("wb") as file:
+        np.savez(file, **values)
+
+
+def load_key_arrays(path: Path) -> KeyArrays:
+    """Read ``key.npz``; raises ModelError if arrays are missing or do not fit together."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            values = {f.name: data[f.name].astype(np.float32) for f in fields(KeyArrays)}
+    except Exception as error:  # numpy and zipfile raise whatever the damage leads to
+        raise ModelError(f"{path.name} cannot be read ({error})") from None
+    alpha = float(values.pop("alpha"))
+    arrays = KeyArrays(**values, alpha=alpha)
+    fits = (
+        arrays.image_projection.ndim == arrays.text_projection.ndim == 2
+        and arrays.image_mean.shape == arrays.image_projection.shape[:1]
+        and arrays.text_mean.shape == arrays.text_projection.shape[:1]
+        and 0 <= alpha <= 1
+    )
+    if not fits:
+        raise ModelError(f"{path.name} holds arrays that do not fit together")
+    return arrays
+
+
+def _unit(rows: NDArray[Any]) -> Array:
+    """Rows [B, n] scaled to length one; a zero row stays zero."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: Array = (rows / np.maximum(length, 1e-12)).astype(np.float32)
+    return unit
