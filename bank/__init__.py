@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from tinyalign.bank.bank import Bank, search_banks
 from tinyalign.bank.errors import BankError, InputError, TinyAlignError
+from tinyalign.bank.memory import Hit, Memory, NewMemory, content_hash
 
-__all__ = ["BankError", "InputError", "TinyAlignError"]
+__all__ = [
+    "Bank",
+    "BankError",
+    "Hit",
+    "InputError",
+    "Memory",
+    "NewMemory",
+    "TinyAlignError",
+    "content_hash",
+    "search_banks",
+]

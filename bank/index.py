@@ -1,0 +1,285 @@
+"""Nearest memories by dot product: exact numpy search, and an hnswlib graph for large banks.
+
+The graph is only a cache of the bank file. ``Snapshot`` is what one state of the bank is searched
+with: the graph over the memories that were there when it was built, and an exact tail over those
+added since. Ids and keys never change in a bank, so a graph built from an earlier state of the
+same file stays true: ids that are gone are marked as deleted, new ones are in the tail.
+
+hnswlib 0.8 crashes on files it does not expect, so a cache file is loaded only if everything it
+was built from matches (``_Binding``); otherwise the graph is built again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyalign.bank.memory import Floats
+from tinyalign.bank.store import Generation, Store
+
+try:
+    import hnswlib
+except ImportError:  # it has no binary wheels: without a C++ compiler search is exact
+    hnswlib = None
+
+EXACT_LIMIT = 10_000
+
+LINKS = 16  # M
+BUILD_EFFORT = 200  # ef_construction
+SEARCH_EFFORT = 64  # ef
+CACHE_FORMAT = 1
+SIDECAR_BYTES = 4096
+ROWS_AT_ONCE = 8192
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """An hnswlib index and the ids in it that are still in the bank, ascending."""
+
+    index: Any
+    ids: Ids
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One state of a bank, ready to search. Threads may share it."""
+
+    generation: Generation
+    graph: Graph | None
+    tail_ids: Ids  # [T], ascending
+    tail_keys: Floats  # [T, Dk]
+
+    def search(
+        self, query: Floats, k: int, allowed: Ids | None, exclude: frozenset[int]
+    ) -> list[tuple[int, float]]:
+        """Up to k (id, score), best first, ties by id; ``allowed`` limits it to some ids."""
+        tail = np.ones(len(self.tail_ids), bool)
+        if allowed is not None:
+            tail &= np.isin(self.tail_ids, allowed)
+        if exclude:
+            tail &= ~np.isin(self.tail_ids, list(exclude))
+        scores = self.tail_keys @ query
+        ids, best = top(self.tail_ids[tail], scores[tail], k)
+        if self.graph is not None:
+            more_ids, more = _search_graph(self.graph, query, k, allowed, exclude)
+            ids, best = top(np.concatenate([ids, more_ids]), np.concatenate([best, more]), k)
+        return list(zip(ids.tolist(), best.tolist(), strict=True))
+
+
+def top(ids: Ids, scores: Floats, k: int) -> tuple[Ids, Floats]:
+    """The k highest scores, best first, ties by id; all of them if there are fewer."""
+    if k < len(scores):
+        kept = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
+        ids, scores = ids[kept], scores[kept]
+    order = np.lexsort((ids, -scores))[:k]
+    return ids[order], scores[order]
+
+
+def refresh(store: Store, previous: Snapshot | None) -> Snapshot:
+    """The bank's snapshot now, made from the previous one and the cache where they hold."""
+    graph = previous.graph if previous else _load(store)
+    with store.reading():
+        generation = store.generation()
+        ids = store.ids()
+        large = hnswlib is not None and len(ids) > EXACT_LIMIT
+        if not large:
+            graph = None
+        covered = graph.ids if graph else np.empty(0, np.int64)
+        gone = np.setdiff1d(covered, ids, assume_unique=True)
+        tail = np.setdiff1d(ids, covered, assume_unique=True)
+        rebuild = large and len(gone) + len(tail) > EXACT_LIMIT
+        tail_ids, tail_keys = _tail(store, ids if rebuild else tail, previous)
+    if rebuild:
+        graph = _build(tail_ids, tail_keys)
+        _save(store, generation, graph)
+        tail_ids, tail_keys = tail_ids[:0], tail_keys[:0]
+    elif graph and len(gone):
+        for number in gone.tolist():
+            graph.index.mark_deleted(number)
+        graph = Graph(graph.index, np.setdiff1d(covered, gone, assume_unique=True))
+    return Snapshot(generation, graph, tail_ids, tail_keys)
+
+
+def rebuild(store: Store) -> Snapshot:
+    """Build the graph anew and write the cache file, whatever there was before."""
+    drop_cache(store.path)
+    with store.reading():
+        generation = store.generation()
+        ids, keys = store.keys()
+    if hnswlib is None or len(ids) <= EXACT_LIMIT:
+        return Snapshot(generation, None, ids, keys)
+    graph = _build(ids, keys)
+    _save(store, generation, graph)
+    return Snapshot(generation, graph, ids[:0], keys[:0])
+
+
+def cache_files(path: Path) -> tuple[Path, Path]:
+    """The graph and its sidecar beside a bank file."""
+    return path.with_name(path.name + ".hnsw"), path.with_name(path.name + ".hnsw.json")
+
+
+def drop_cache(path: Path) -> None:
+    """Delete the cache files of a bank, if there are any and they can be deleted."""
+    for file in reversed(cache_files(path)):
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+# --- inside --------------------------------------------------------------------------------
+
+
+def _tail(store: Store, ids: Ids, previous: Snapshot | None) -> tuple[Ids, Floats]:
+    """The keys [T, Dk] of ``ids``; only those that the previous snapshot has not are read."""
+    known_ids, known_keys = np.empty(0, np.int64), np.empty((0, store.header.key_width), np.float32)
+    if previous is not None:
+        kept = np.isin(previous.tail_ids, ids, assume_unique=True)
+        known_ids, known_keys = previous.tail_ids[kept], previous.tail_keys[kept]
+    new = np.setdiff1d(ids, known_ids, assume_unique=True)
+    if not len(new):
+        return known_ids, known_keys
+    read_ids, read_keys = store.keys(int(new[0]))
+    wanted = np.isin(read_ids, new, assume_unique=True)
+    all_ids = np.concatenate([known_ids, read_ids[wanted]])
+    all_keys = np.concatenate([known_keys, read_keys[wanted]])
+    if len(known_ids) and known_ids[-1] > new[0]:
+        order = np.argsort(all_ids)
+        return all_ids[order], all_keys[order]
+    return all_ids, all_keys
+
+
+def _search_graph(
+    graph: Graph, query: Floats, k: int, allowed: Ids | None, exclude: frozenset[int]
+) -> tuple[Ids, Floats]:
+    if allowed is None:
+        wanted = min(k + len(exclude), len(graph.ids))
+        with contextlib.suppress(RuntimeError):  # hnswlib raises when it reaches fewer than wanted
+            labels, distances = graph.index.knn_query(query[None], k=wanted, num_threads=1)
+            ids, scores = labels[0].astype(np.int64), 1 - distances[0]
+            kept = ~np.isin(ids, list(exclude))
+            return top(ids[kept], scores[kept], k)
+        allowed = graph.ids
+    ids = np.intersect1d(graph.ids, allowed, assume_unique=True)
+    ids = ids[~np.isin(ids, list(exclude))]
+    best_ids, best = ids[:0], np.empty(0, np.float32)
+    for start in range(0, len(ids), ROWS_AT_ONCE):
+        part = ids[start : start + ROWS_AT_ONCE]
+        scores = np.asarray(graph.index.get_items(part), np.float32) @ query
+        best_ids, best = top(np.concatenate([best_ids, part]), np.concatenate([best, scores]), k)
+    return best_ids, best
+
+
+def _build(ids: Ids, keys: Floats) -> Graph:
+    index = hnswlib.Index(space="ip", dim=keys.shape[1])
+    index.init_index(max_elements=len(ids), M=LINKS, ef_construction=BUILD_EFFORT)
+    index.set_ef(SEARCH_EFFORT)
+    index.add_items(keys, ids, num_threads=_threads())
+    return Graph(index, ids)
+
+
+def _threads() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# --- the cache file ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """What a cache file was built from and by; any difference and it is not loaded."""
+
+    format: int
+    writer: str
+    generation: int
+    token: str
+    dim: int
+    count: int
+    bytes: int
+    sha256: str
+
+
+def _writer() -> str:
+    bits = 64 if sys.maxsize > 2**32 else 32
+    return f"hnswlib {version('hnswlib')} {sys.byteorder} {bits}"
+
+
+def _save(store: Store, generation: Generation, graph: Graph) -> None:
+    """Write graph and sidecar, each by renaming; a directory that cannot be written is no error."""
+    file, sidecar = cache_files(store.path)
+    with contextlib.suppress(OSError, RuntimeError), _temporary(file) as temporary:
+        graph.index.save_index(str(temporary))
+        size, digest = _digest(temporary)
+        dim, count = store.header.key_width, len(graph.ids)
+        number, token = generation.number, generation.token
+        binding = _Binding(CACHE_FORMAT, _writer(), number, token, dim, count, size, digest)
+        sidecar.unlink(missing_ok=True)
+        temporary.replace(file)
+        with _temporary(sidecar) as temporary_sidecar:
+            temporary_sidecar.write_text(json.dumps(asdict(binding)))
+            temporary_sidecar.replace(sidecar)
+
+
+def _load(store: Store) -> Graph | None:
+    """The cached graph of this very bank, or None if there is none that can be trusted."""
+    if hnswlib is None or store.count() <= EXACT_LIMIT:
+        return None
+    file, sidecar = cache_files(store.path)
+    try:
+        with sidecar.open("rb") as stream:
+            binding = _Binding(**json.loads(stream.read(SIDECAR_BYTES)))
+        before = _identity(file)
+        expected = _Binding(
+            CACHE_FORMAT,
+            _writer(),
+            binding.generation,
+            binding.token,
+            store.header.key_width,
+            binding.count,
+            *_digest(file),
+        )
+        if binding != expected or not store.knows(Generation(binding.generation, binding.token)):
+            return None
+        index = hnswlib.Index(space="ip", dim=store.header.key_width)
+        index.load_index(str(file))
+        if before != _identity(file) or index.get_current_count() != binding.count:
+            return None
+    except (OSError, ValueError, TypeError, RecursionError, RuntimeError):
+        return None
+    index.set_ef(SEARCH_EFFORT)
+    return Graph(index, np.sort(np.array(index.get_ids_list(), np.int64)))
+
+
+def _digest(file: Path) -> tuple[int, str]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return stream.tell(), digest
+
+
+def _identity(file: Path) -> tuple[int, int, int]:
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Any:
+    """A new empty file beside ``target``, deleted at the end unless it was renamed."""
+    handle, name = tempfile.mkstemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,434 @@
+"""The durable truth of a bank: one SQLite file. docs/memory-bank.md describes the format.
+
+A working bank is in WAL mode, so others read while one writes. A sealed bank (``Store.seal``) is
+in rollback-journal mode: a single clean file that can be shipped and read from a read-only
+directory. Opening never changes the mode.
+
+Rows are never changed in place and ids are never used again, so whatever was derived from an id
+(the search index) stays true until the id is gone.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyalign.bank import memory as codec
+from tinyalign.bank.errors import BankError, InputError
+from tinyalign.bank.memory import Floats, Memory, Metadata, Row, Value
+
+FORMAT = 1
+APPLICATION_ID = 0x7441424B  # "tABK" in SQLite's application_id
+MAX_VALUE_BYTES = 16 << 20  # no text, thumbnail or blob in a bank is larger
+MAX_WIDTH = 65_536
+BUSY_SECONDS = 10.0
+GENERATIONS_KEPT = 1000  # an index older than this many write transactions is rebuilt
+IDS_PER_QUERY = 500
+
+SCHEMA = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE generations (generation INTEGER PRIMARY KEY AUTOINCREMENT, token TEXT NOT NULL)",
+    """CREATE TABLE memories (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        content_hash BLOB NOT NULL UNIQUE,
+        key BLOB NOT NULL,
+        latents BLOB NOT NULL,
+        scales BLOB NOT NULL,
+        text TEXT NOT NULL,
+        source TEXT NOT NULL,
+        metadata TEXT NOT NULL)""",
+    "CREATE TABLE thumbnails (id INTEGER PRIMARY KEY, image BLOB NOT NULL)",
+)
+TABLES = {"meta", "generations", "memories", "thumbnails"}
+COLUMNS = "m.id, m.content_hash, m.key, m.latents, m.scales, m.text, m.source, m.metadata"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is fixed when a bank is created."""
+
+    fingerprint: str  # of encoder, preprocessing, key recipe and compressor
+    key_width: int  # Dk
+    latent_width: int  # d
+    name: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A state of the bank. The random token tells diverged copies of a file apart."""
+
+    number: int
+    token: str
+
+
+def create_store(path: Path, header: Header) -> Store:
+    """Create a bank file in WAL mode; BankError if there is one already."""
+    _check_header(header)
+    if path.exists() and (not path.is_file() or path.stat().st_size > 0):
+        raise BankError(f"{path} already exists")
+    with _explained(path):
+        connection = _connect(path, "rwc")
+    try:
+        with _explained(path):
+            connection.execute("BEGIN EXCLUSIVE")
+            if _pragma(connection, "schema_version") != 0:
+                raise BankError(f"{path} already exists")
+            for statement in SCHEMA:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+            connection.executemany("INSERT INTO meta VALUES (?, ?)", list(vars(header).items()))
+            _next_generation(connection)
+            connection.execute("COMMIT")
+            connection.execute("PRAGMA journal_mode = WAL")
+    except BaseException:
+        connection.close()
+        raise
+    return Store(path, connection, header, read_only=False)
+
+
+def open_store(path: Path, read_only: bool) -> Store:
+    """Open a bank file; BankError says what is wrong with one that cannot be used."""
+    _check_file(path)
+    with _explained(path):
+        connection = _connect_read_only(path) if read_only else _connect(path, "rw")
+    try:
+        with _explained(path):
+            return Store(path, connection, _read_header(path, connection), read_only)
+    except BaseException:
+        connection.close()
+        raise
+
+
+class Store:
+    """One open bank file. Safe to share between threads: statements run one at a time."""
+
+    def __init__(
+        self, path: Path, connection: sqlite3.Connection, header: Header, read_only: bool
+    ) -> None:
+        self.path = path
+        self.header = header
+        self.read_only = read_only
+        self._connection = connection
+        self._lock = threading.RLock()
+
+    def close(self) -> None:
+        """Close the file; harmless when it is closed already."""
+        with self._lock:
+            self._connection.close()
+
+    def seal(self) -> None:
+        """Make the bank a single dense file without -wal and -shm; nobody else may have it open."""
+        self._check_writable()
+        with self._lock, _explained(self.path):
+            self._connection.execute("VACUUM")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            if _pragma(self._connection, "journal_mode = DELETE") != "delete":
+                raise BankError(f"{self.path} cannot be sealed while another process has it open")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Everything read inside belongs to one state of the bank."""
+        with self._transaction("BEGIN"):
+            yield
+
+    # --- reading ---------------------------------------------------------------------------
+
+    def count(self) -> int:
+        """How many memories there are."""
+        return int(self._rows("SELECT count(*) FROM memories")[0][0])
+
+    def generation(self) -> Generation:
+        """The current state: it changes with every write, by whichever process."""
+        rows = self._rows("SELECT max(generation), token FROM generations")
+        number, token = rows[0]
+        if not isinstance(number, int) or not isinstance(token, str):
+            raise BankError(f"{self.path} is damaged: it has no generation")
+        return Generation(number, token)
+
+    def knows(self, generation: Generation) -> bool:
+        """Whether ``generation`` is a recent state in the history of this very file."""
+        query = "SELECT 1 FROM generations WHERE generation = ? AND token = ?"
+        return bool(self._rows(query, (generation.number, generation.token)))
+
+    def ids(self, where: Metadata | None = None) -> NDArray[np.int64]:
+        """Ids of the memories that match ``where``, ascending."""
+        condition, values = _where(where)
+        rows = self._rows(f"SELECT m.id FROM memories m{condition}", values)
+        return np.sort(np.array([row[0] for row in rows], np.int64))
+
+    def keys(self, first_id: int = 0) -> tuple[NDArray[np.int64], Floats]:
+        """Ids [N], ascending from ``first_id``, and their keys [N, Dk]."""
+        query = "SELECT id, key FROM memories WHERE id >= ? ORDER BY id"
+        rows = self._rows(query, (first_id,))
+        width = self.header.key_width
+        for number, blob in rows:
+            if not isinstance(blob, bytes) or len(blob) != 2 * width:
+                raise self._damaged(number)
+        keys = np.frombuffer(b"".join(blob for _, blob in rows), "<f2").astype(np.float32)
+        keys = keys.reshape(len(rows), width)
+        if not np.isfinite(keys).all():
+            raise self._damaged(rows[int(np.argmin(np.isfinite(keys).all(axis=1)))][0])
+        return np.array([row[0] for row in rows], np.int64), keys
+
+    def memories(self, where: Metadata | None = None) -> list[Memory]:
+        """All memories that match ``where``, by id."""
+        condition, values = _where(where)
+        return self._memories(f"{condition} ORDER BY m.id", values)
+
+    def memories_by_id(self, ids: Sequence[int]) -> dict[int, Memory]:
+        """The memories with these ids; ids that do not exist are left out."""
+        found: dict[int, Memory] = {}
+        for start in range(0, len(ids), IDS_PER_QUERY):
+            part = [int(number) for number in ids[start : start + IDS_PER_QUERY]]
+            marks = ",".join("?" * len(part))
+            found |= {m.id: m for m in self._memories(f" WHERE m.id IN ({marks})", part)}
+        return found
+
+    # --- writing ---------------------------------------------------------------------------
+
+    def add(self, rows: Sequence[tuple[Row, bytes | None]]) -> list[int]:
+        """Add (row, thumbnail) pairs in one transaction; a known content hash gives its old id."""
+        self._check_writable()
+        with self._transaction("BEGIN IMMEDIATE"):
+            before = self._connection.total_changes
+            ids = [self._add_one(row, thumbnail) for row, thumbnail in rows]
+            if self._connection.total_changes != before:
+                _next_generation(self._connection)
+        return ids
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """Remove memories in one transaction; an id that does not exist removes none of them."""
+        self._check_writable()
+        with self._transaction("BEGIN IMMEDIATE"):
+            for number in ids:
+                if not self._connection.execute(
+                    "DELETE FROM memories WHERE id = ?", (number,)
+                ).rowcount:
+                    raise InputError(f"{self.path} has no memory {number}")
+                self._connection.execute("DELETE FROM thumbnails WHERE id = ?", (number,))
+            if ids:
+                _next_generation(self._connection)
+
+    # --- inside ----------------------------------------------------------------------------
+
+    def _add_one(self, row: Row, thumbnail: bytes | None) -> int:
+        execute = self._connection.execute
+        query = "SELECT id FROM memories WHERE content_hash = ?"
+        if known := execute(query, (row.content_hash,)).fetchone():
+            return int(known[0])
+        marks = ",".join("?" * len(row))
+        cursor = execute(f"INSERT INTO memories ({','.join(Row._fields)}) VALUES ({marks})", row)
+        if thumbnail is not None:
+            execute("INSERT INTO thumbnails VALUES (?, ?)", (cursor.lastrowid, thumbnail))
+        return int(cursor.lastrowid or 0)
+
+    def _memories(self, condition: str, values: Sequence[Value]) -> list[Memory]:
+        join = "FROM memories m LEFT JOIN thumbnails t ON t.id = m.id"
+        rows = self._rows(f"SELECT {COLUMNS}, t.image {join}{condition}", values)
+        return [self._decode(row) for row in rows]
+
+    def _decode(self, row: tuple[Any, ...]) -> Memory:
+        number, digest, key, latents, scales, text, source, metadata, thumbnail = row
+        try:
+            if not isinstance(text, str) or not isinstance(source, str):
+                raise ValueError("bad text")
+            if not isinstance(thumbnail, bytes | None):
+                raise ValueError("bad thumbnail")
+            return Memory(
+                id=number,
+                key=codec.decode_key(key, self.header.key_width),
+                latents=codec.decode_latents(latents, scales, self.header.latent_width),
+                text=text,
+                source=source,
+                metadata=codec.decode_metadata(metadata),
+                thumbnail=thumbnail,
+                content_hash=digest.hex(),
+            )
+        except (TypeError, ValueError, AttributeError, RecursionError):
+            raise self._damaged(number) from None
+
+    def _rows(self, query: str, values: Sequence[Value] = ()) -> list[tuple[Any, ...]]:
+        with self._lock, _explained(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        with self._lock, _explained(self.path):
+            self._connection.execute(begin)
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise BankError(f"{self.path} is open for reading only")
+
+    def _damaged(self, number: int) -> BankError:
+        return BankError(f"{self.path} is damaged: memory {number} cannot be read")
+
+
+def _next_generation(connection: sqlite3.Connection) -> None:
+    insert = "INSERT INTO generations (token) VALUES (?)"
+    newest = connection.execute(insert, (secrets.token_hex(8),)).lastrowid or 0
+    oldest = newest - GENERATIONS_KEPT
+    connection.execute("DELETE FROM generations WHERE generation <= ?", (oldest,))
+
+
+def _where(where: Metadata | None) -> tuple[str, list[Value]]:
+    """A metadata filter as SQL; a string also matches the number or bool it spells."""
+    conditions: list[str] = []
+    values: list[Value] = []
+    for name, value in (where or {}).items():
+        codec.check_value(name, value)
+        if isinstance(value, bool):
+            test = f"j.type = '{str(value).lower()}'"
+        elif isinstance(value, str):
+            text = (
+                "CASE WHEN j.type IN ('true', 'false') THEN j.type ELSE CAST(j.value AS TEXT) END"
+            )
+            test = f"{text} = ?"
+        else:
+            test = "j.type IN ('integer', 'real') AND j.value = ?"
+        exists = f"EXISTS (SELECT 1 FROM json_each(m.metadata) j WHERE j.key = ? AND {test})"
+        conditions.append(exists)
+        values += [name] if isinstance(value, bool) else [name, value]
+    return (" WHERE " + " AND ".join(conditions) if conditions else ""), values
+
+
+# --- opening and checking files ------------------------------------------------------------
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}",
+        uri=True,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    try:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+        for pragma in ("synchronous = FULL", "trusted_schema = OFF", "cell_size_check = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # reads the file
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _connect_read_only(path: Path) -> sqlite3.Connection:
+    """WAL mode writes beside the file; where that is impossible, nobody can change it either."""
+    try:
+        return _connect(path, "ro")
+    except sqlite3.OperationalError:
+        if _size(path, "-wal"):
+            raise BankError(
+                f"{path} was not closed cleanly and its directory is read-only: "
+                "open it once for writing, or copy it with its -wal file"
+            ) from None
+        return _connect(path, "ro&immutable=1")
+
+
+def _read_header(path: Path, connection: sqlite3.Connection) -> Header:
+    if _pragma(connection, "application_id") != APPLICATION_ID:
+        raise BankError(f"{path} is an SQLite file but not a memory bank")
+    version = _pragma(connection, "user_version")
+    if version > FORMAT:
+        raise BankError(
+            f"{path} has bank format {version}, newer than {FORMAT}, which this version of "
+            "tinyalign reads: upgrade it"
+        )
+    names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    if missing := TABLES - {name for (name,) in names}:
+        raise BankError(f"{path} is damaged: table {min(missing)} is missing")
+    meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
+    try:
+        header = Header(**{name: meta[name] for name in Header.__dataclass_fields__})
+        _check_header(header)
+    except (KeyError, InputError):
+        raise BankError(f"{path} is damaged: its header is incomplete") from None
+    return header
+
+
+def _check_header(header: Header) -> None:
+    for text in (header.fingerprint, header.name):
+        if not isinstance(text, str) or not text:
+            raise InputError("a bank needs a fingerprint and a name")
+    for width in (header.key_width, header.latent_width):
+        if not isinstance(width, int) or not 0 < width <= MAX_WIDTH:
+            raise InputError(f"a bank's key and latent widths are 1 to {MAX_WIDTH}, not {width!r}")
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is no SQLite file or is cut short, before SQLite looks at it."""
+    try:
+        if not path.exists():
+            raise BankError(f"{path} does not exist")
+        if not path.is_file():
+            raise BankError(f"{path} is not a file")
+        with path.open("rb") as file:
+            head = file.read(100)
+    except OSError as error:
+        raise BankError(f"{path} cannot be read: {error.strerror}") from None
+    if not head:
+        raise BankError(f"{path} is empty, not a memory bank")
+    if len(head) < 100 or not head.startswith(b"SQLite format 3\0"):
+        raise BankError(f"{path} is not a memory bank (not an SQLite file)")
+    page = int.from_bytes(head[16:18], "big")
+    declared = (65_536 if page == 1 else page) * int.from_bytes(head[28:32], "big")
+    if _size(path) < declared and not _size(path, "-wal") and not _size(path, "-journal"):
+        raise BankError(
+            f"{path} is cut short: {_size(path)} of {declared} bytes; take it from a backup"
+        )
+
+
+def _size(path: Path, suffix: str = "") -> int:
+    try:
+        return path.with_name(path.name + suffix).stat().st_size
+    except OSError:
+        return 0
+
+
+def _pragma(connection: sqlite3.Connection, pragma: str) -> Any:
+    return connection.execute(f"PRAGMA {pragma}").fetchone()[0]
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what SQLite raises into one clear line."""
+    try:
+        yield
+    except (sqlite3.Error, OverflowError) as error:
+        raise BankError(_explanation(path, error)) from error
+
+
+def _explanation(path: Path, error: Exception) -> str:
+    text = str(error)
+    if "locked" in text or "busy" in text:
+        return f"{path} is locked by another process for over {BUSY_SECONDS:.0f} s; try again"
+    if "closed database" in text:
+        return f"{path} is closed"
+    if "readonly" in text:
+        return f"{path} cannot be written: it or its directory is read-only"
+    if "unable to open" in text:
+        return f"{path} cannot be opened: no such directory, or no permission"
+    if "full" in text:
+        return f"{path} cannot be written: no space is left; nothing was changed"
+    if "too big" in text:
+        return f"a text or thumbnail is over {MAX_VALUE_BYTES >> 20} MiB; {path} was not changed"
+    return f"{path} is damaged or not a memory bank ({text}); take it from a backup"
