@@ -33,7 +33,17 @@ try:
 except ImportError:  # it has no binary wheels: without a C++ compiler search is exact
     hnswlib = None
 
-EXACT_LIMIT = 10_000
+# From this many memories on a graph is worth building. Median milliseconds a query, 256 dims, top 5,
+# one thread (benchmarks/retrieval.py, two shared x86-64 cores with AVX-512); recall was 1.000:
+#   memories   exact   graph   graph build
+#      1,000   0.04    0.06     0.0 s
+#      5,000   0.19    0.13     0.3 s
+#     10,000   0.50    0.17     0.8 s
+#     20,000   1.56    0.17     2.5 s
+#     50,000   6.74    0.28    15.1 s
+# The graph is ahead from about 3k, but up to 20k it saves under 1.5 ms of some hundred ms to the
+# first token: too little for a build of seconds and a cache larger than the bank.
+EXACT_LIMIT = 20_000
 
 LINKS = 16  # M
 BUILD_EFFORT = 200  # ef_construction
@@ -103,7 +113,7 @@ def refresh(store: Store, previous: Snapshot | None) -> Snapshot:
         rebuild = large and len(gone) + len(tail) > EXACT_LIMIT
         tail_ids, tail_keys = _tail(store, ids if rebuild else tail, previous)
     if rebuild:
-        graph = _build(tail_ids, tail_keys)
+        graph = build_graph(tail_ids, tail_keys)
         _save(store, generation, graph)
         tail_ids, tail_keys = tail_ids[:0], tail_keys[:0]
     elif graph and len(gone):
@@ -121,9 +131,18 @@ def rebuild(store: Store) -> Snapshot:
         ids, keys = store.keys()
     if hnswlib is None or len(ids) <= EXACT_LIMIT:
         return Snapshot(generation, None, ids, keys)
-    graph = _build(ids, keys)
+    graph = build_graph(ids, keys)
     _save(store, generation, graph)
     return Snapshot(generation, graph, ids[:0], keys[:0])
+
+
+def build_graph(ids: Ids, keys: Floats) -> Graph:
+    """A graph over keys [N, Dk]; takes seconds from 10k on."""
+    index = hnswlib.Index(space="ip", dim=keys.shape[1])
+    index.init_index(max_elements=len(ids), M=LINKS, ef_construction=BUILD_EFFORT)
+    index.set_ef(SEARCH_EFFORT)
+    index.add_items(keys, ids, num_threads=_threads())
+    return Graph(index, ids)
 
 
 def cache_files(path: Path) -> tuple[Path, Path]:
@@ -179,14 +198,6 @@ def _search_graph(
         scores = np.asarray(graph.index.get_items(part), np.float32) @ query
         best_ids, best = top(np.concatenate([best_ids, part]), np.concatenate([best, scores]), k)
     return best_ids, best
-
-
-def _build(ids: Ids, keys: Floats) -> Graph:
-    index = hnswlib.Index(space="ip", dim=keys.shape[1])
-    index.init_index(max_elements=len(ids), M=LINKS, ef_construction=BUILD_EFFORT)
-    index.set_ef(SEARCH_EFFORT)
-    index.add_items(keys, ids, num_threads=_threads())
-    return Graph(index, ids)
 
 
 def _threads() -> int:

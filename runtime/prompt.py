@@ -111,6 +111,19 @@ def similarity_word(spec: PromptSpec, score: float) -> str | None:
     return next((word for word, floor in spec.similarity if score >= floor), None)
 
 
+def token_count(segments: Sequence[Segment], memory_lengths: Sequence[int] = ()) -> int:
+    """Number of LM tokens of a prompt whose memories have the given numbers of tokens."""
+    count = 0
+    for segment in segments:
+        if isinstance(segment, TokenSegment):
+            count += len(segment.ids)
+        elif isinstance(segment, ImageSegment):
+            count += segment.stop - segment.start
+        else:
+            count += memory_lengths[segment.index]
+    return count
+
+
 def embed(
     segments: Sequence[Segment],
     embeddings: NDArray[np.float16] | NDArray[np.float32],

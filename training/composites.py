@@ -25,7 +25,7 @@ from tinyalign.training.views import (
 
 Task = Literal["count", "position", "colour", "pair"]
 POSITIONS: dict[str, tuple[float, float]] = {  # centre of the object
-    "left": (0.2, 0.5), "right": (0.8, 0.5), "top": (0.5, 0.2), "bottom": (0.5, 0.8), "centre": (0.5, 0.5),
+    "left": (0.24, 0.5), "right": (0.76, 0.5), "top": (0.5, 0.24), "bottom": (0.5, 0.76), "centre": (0.5, 0.5),
 }  # fmt: skip
 MAX_COUNT = 5
 
@@ -106,8 +106,8 @@ def _scene(
     if task == "position":
         position = rng.choice(list(POSITIONS))
         x, y = POSITIONS[position]
-        half = rng.uniform(0.13, 0.19)
-        x, y = x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)
+        half = rng.uniform(0.15, 0.23)
+        x, y = x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)
         box = (x - half, y - half, x + half, y + half)
         return Scene(id, task, split, (first.name,), (first.id,), (box,), position=position)
     second = rng.choice([p for p in pool if p.concept != first.concept])

@@ -249,14 +249,15 @@ _CLIPART_SKIP = re.compile(
 )
 _TITLE_JUNK = re.compile(
     r"\([^)]*\)|\[[^]]*\]|\b(b and w|bw|b w|black and white|outline|silhouette|clip ?art|icons?|svg|"
-    r"ganson|remix|vector|simple|drawing|sketch|cartoon|line art|by \w+.*|nr|no|v)\b|[#&].*|\d+|[-_,.:!?]+(?=\s|$)",
+    r"ganson|etiquette|stylized|remix|vector|simple|drawing|sketch|cartoon|line art|by \w+.*|nr|no|v)\b|[#&].*|\d+|[-_,.:!?]+(?=\s|$)",
     re.I,
 )
 _CLIPART_BAD_KINDS = frozenset({"substance", "material", "sign", "room", "way", "sport"})
 _TITLE_BAD = frozenset(
     """art collection theme test lam set clipart work logo sign symbol icon image picture design
     example border background pattern frame page untitled submission thing time new load
-    illustration signs homes parking question button icons symbols figures rules avatar""".split()
+    illustration signs homes parking question button icons symbols figures rules avatar tux whit cisco flourish
+    form celtic user rpm""".split()
 )
 
 
@@ -409,7 +410,7 @@ def render_svg(path: Path, size: int = CLIPART_PIXELS) -> Image.Image:
     """An SVG as RGBA, its longer side about `size` pixels; its own transparency is kept."""
     import resvg_py
 
-    png = bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=size))
+    png = bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=size, dpi=96, skip_system_fonts=True))
     with Image.open(io.BytesIO(png)) as image:
         image = image.convert("RGBA")
     image.thumbnail((size, size))
