@@ -1,6 +1,15 @@
-"""Ask a picture a question: the runtime for a device, without torch."""
+"""Ask a picture a question: the runtime for a device, without torch.
+
+    from tinyalign.runtime import TinyAlign
+
+    model = TinyAlign.load()
+    print(model.ask("cat.jpg", "What is this?").text)
+"""
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from tinyalign.runtime.errors import (
     BankError,
@@ -11,11 +20,35 @@ from tinyalign.runtime.errors import (
     TinyAlignError,
 )
 
+if TYPE_CHECKING:
+    from tinyalign.runtime.answers import Answer, AnswerStream, EncodedPicture, Timings
+    from tinyalign.runtime.model import TinyAlign
+
 __all__ = [
+    "Answer",
+    "AnswerStream",
     "BankError",
+    "EncodedPicture",
     "InputError",
     "ModelError",
     "PictureError",
     "QuestionError",
+    "Timings",
+    "TinyAlign",
     "TinyAlignError",
 ]
+
+# Looked up on first use, so that `--help` and training do not wait for onnxruntime.
+_LATER = {
+    "Answer": "answers",
+    "AnswerStream": "answers",
+    "EncodedPicture": "answers",
+    "Timings": "answers",
+    "TinyAlign": "model",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -1,0 +1,117 @@
+"""The language model's graph with its key/value cache.
+
+The cache of a conversation is an explicit value, :class:`LmState`: one buffer per layer for keys
+and one for values, f32 [1, kv_heads, capacity, head_dim]. Each is bound as ``past`` and as
+``present`` of the graph at once, so a step writes its one row in place and copies nothing. The
+session itself holds no state, so any number of threads may run it, each with a state of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from tinyalign.runtime.errors import ModelError, TinyAlignError
+from tinyalign.runtime.manifest import LmSpec
+
+Floats: TypeAlias = NDArray[np.float32]
+CAPACITY_STEP = 64  # buffers come in multiples of this many tokens
+
+
+@dataclass
+class LmState:
+    """What the language model has read so far: ``length`` tokens of at most ``capacity``."""
+
+    capacity: int
+    buffers: dict[str, ort.OrtValue]  # "0.key", "0.value", "1.key", ...
+    length: int = 0
+    step: _Run | None = field(default=None, repr=False)  # the binding for one token, used again
+
+
+@dataclass
+class _Run:
+    """Inputs and outputs of one graph run, in memory that the binding points to."""
+
+    binding: ort.IOBinding
+    embeddings: Floats  # [1, N, D]
+    rows: NDArray[np.int64]  # [R]
+    last: NDArray[np.int32]  # [1], number of tokens in the cache after the run, less one
+    total: NDArray[np.int32]  # scalar, number of tokens in the cache after the run
+    logits: Floats  # [1, R, V]
+
+
+class LanguageModel:
+    """Runs ``lm.onnx``; safe to share between threads."""
+
+    def __init__(self, session: ort.InferenceSession, spec: LmSpec) -> None:
+        expected = {"inputs_embeds", "seqlens_k", "total_sequence_length", "logit_rows"}
+        expected |= {f"past.{name}" for name in _buffer_names(spec)}
+        if {node.name for node in session.get_inputs()} != expected:
+            raise ModelError("lm.onnx has other inputs than its manifest says")
+        self._session = session
+        self._spec = spec
+
+    def new_state(self, tokens: int) -> LmState:
+        """An empty cache with room for ``tokens`` tokens, rounded up to a multiple of 64."""
+        spec = self._spec
+        capacity = min(spec.context, -(-tokens // CAPACITY_STEP) * CAPACITY_STEP)
+        shape = (1, spec.kv_heads, capacity, spec.head_dim)
+        names = _buffer_names(spec)
+        return LmState(capacity, {name: _value(np.zeros(shape, np.float32)) for name in names})
+
+    def forward(self, state: LmState, embeddings: Floats, rows: tuple[int, ...] = (-1,)) -> Floats:
+        """Read ``embeddings`` [N, D] after what ``state`` holds; logits [R, V] of the given rows.
+
+        The logits of a single token stay valid only until the next call with the same state.
+        """
+        count = len(embeddings)
+        if state.length + count > state.capacity:
+            raise TinyAlignError(
+                f"{state.length + count} tokens do not fit into a cache of {state.capacity}"
+            )
+        if count == 1 and len(rows) == 1:
+            run = state.step = state.step or self._bind(state, 1, 1)
+        else:
+            run = self._bind(state, count, len(rows))
+        run.embeddings[0] = embeddings
+        run.rows[:] = [row % count for row in rows]
+        run.last[0] = state.length + count - 1
+        run.total[...] = state.length + count
+        self._session.run_with_iobinding(run.binding)
+        state.length += count
+        logits: Floats = run.logits[0]
+        return logits
+
+    def _bind(self, state: LmState, count: int, rows: int) -> _Run:
+        """A run of ``count`` tokens with ``rows`` rows of logits on the buffers of ``state``."""
+        spec = self._spec
+        run = _Run(
+            self._session.io_binding(),
+            embeddings=np.zeros((1, count, spec.width), np.float32),
+            rows=np.zeros(rows, np.int64),
+            last=np.zeros(1, np.int32),
+            total=np.zeros((), np.int32),
+            logits=np.zeros((1, rows, spec.vocab), np.float32),
+        )
+        run.binding.bind_ortvalue_input("inputs_embeds", _value(run.embeddings))
+        run.binding.bind_ortvalue_input("logit_rows", _value(run.rows))
+        run.binding.bind_ortvalue_input("seqlens_k", _value(run.last))
+        run.binding.bind_ortvalue_input("total_sequence_length", _value(run.total))
+        run.binding.bind_ortvalue_output("logits", _value(run.logits))
+        for name, buffer in state.buffers.items():
+            run.binding.bind_ortvalue_input(f"past.{name}", buffer)
+            run.binding.bind_ortvalue_output(f"present.{name}", buffer)
+        return run
+
+
+def _buffer_names(spec: LmSpec) -> list[str]:
+    return [f"{layer}.{part}" for layer in range(spec.layers) for part in ("key", "value")]
+
+
+def _value(array: NDArray[np.generic]) -> ort.OrtValue:
+    """An OrtValue over the array's own memory: writing to the array changes the value."""
+    return ort.OrtValue.ortvalue_from_numpy(array)

@@ -1,0 +1,118 @@
+"""From a model directory to open sessions, checked file by file."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from tinyalign.runtime.errors import ModelError
+from tinyalign.runtime.files import verify_files
+from tinyalign.runtime.keys import KeyArrays, load_key_arrays
+from tinyalign.runtime.lm import LanguageModel
+from tinyalign.runtime.manifest import Manifest, read_manifest
+
+DEFAULT_BANK = "bank.sqlite"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model directory holds, opened. The compressor is opened when it is needed first."""
+
+    directory: Path
+    manifest: Manifest
+    threads: int
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    embeddings: NDArray[np.float16]  # [V, D], mapped from the file
+    keys: KeyArrays
+    vision: ort.InferenceSession
+    connector: ort.InferenceSession
+    rag_connector: ort.InferenceSession
+    lm: LanguageModel
+
+
+def load_parts(directory: Path, threads: int) -> Parts:
+    """Check the directory and open its parts side by side; raises ModelError."""
+    manifest = read_manifest(directory)
+    for name in (
+        "lm.onnx",
+        "vision.onnx",
+        "connector.onnx",
+        "rag_connector.onnx",
+        "compressor.onnx",
+    ):
+        manifest.file(name)
+    for name in ("tokenizer.json", "embeddings.bin", "key.npz", DEFAULT_BANK):
+        manifest.file(name)
+    verify_files(directory, manifest, threads)
+    with ThreadPoolExecutor(max(2, threads)) as pool:
+        # the language model takes longest, so it starts first
+        lm = pool.submit(open_session, directory / "lm.onnx", threads)
+        vision = pool.submit(open_session, directory / "vision.onnx", threads)
+        tokenizer = pool.submit(_open_tokenizer, directory / "tokenizer.json")
+        connector = pool.submit(open_session, directory / "connector.onnx", threads)
+        rag_connector = pool.submit(open_session, directory / "rag_connector.onnx", threads)
+        keys = load_key_arrays(directory / "key.npz")
+        embeddings = _open_embeddings(directory / "embeddings.bin", manifest)
+        return Parts(
+            directory=directory,
+            manifest=manifest,
+            threads=threads,
+            tokenizer=tokenizer.result(),
+            stop_ids=_stop_ids(tokenizer.result(), manifest),
+            embeddings=embeddings,
+            keys=_check_keys(keys, manifest),
+            vision=vision.result(),
+            connector=connector.result(),
+            rag_connector=rag_connector.result(),
+            lm=LanguageModel(lm.result(), manifest.lm),
+        )
+
+
+def open_session(path: Path, threads: int) -> ort.InferenceSession:
+    """A CPU session; raises ModelError if the graph cannot be loaded."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False  # a pattern for every prompt length would be kept for ever
+    options.log_severity_level = 4  # errors come as exceptions
+    # Workers may spin while a run lasts, and stop when it ends: other sessions need the cores then.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding raises a dozen unrelated types
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path} cannot be loaded: {reason}") from None
+
+
+def _open_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the binding raises plain Exception
+        raise ModelError(f"{path} cannot be loaded: {error}") from None
+
+
+def _open_embeddings(path: Path, manifest: Manifest) -> NDArray[np.float16]:
+    shape = (manifest.lm.vocab, manifest.lm.width)
+    if path.stat().st_size != shape[0] * shape[1] * 2:
+        raise ModelError(f"{path} does not hold {shape[0]} x {shape[1]} fp16 numbers")
+    return np.memmap(path, np.dtype("<f2"), "r", shape=shape)
+
+
+def _stop_ids(tokenizer: Tokenizer, manifest: Manifest) -> frozenset[int]:
+    ids = {word: tokenizer.token_to_id(word) for word in manifest.prompt.stop}
+    if missing := [word for word, number in ids.items() if number is None]:
+        raise ModelError(f"the tokenizer does not know the stop token {missing[0]!r}")
+    return frozenset(ids.values())
+
+
+def _check_keys(keys: KeyArrays, manifest: Manifest) -> KeyArrays:
+    if (len(keys.image_mean), len(keys.text_mean)) != (manifest.vision.width, manifest.lm.width):
+        raise ModelError("key.npz does not fit the vision encoder and the language model")
+    return keys

@@ -1,0 +1,333 @@
+"""The runtime's one object: a loaded model that answers questions about pictures.
+
+model = TinyAlign.load()
+for piece in model.stream("cat.jpg", "What is this?"):
+    print(piece, end="", flush=True)
+
+picture ─► vision ─► cells ─► connector ─► image tokens ┐
+                       └► key ─► bank ─► RAG connector ─► memory tokens ├─► LM ─► answer
+question ─► token embeddings ───────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from tokenizers.decoders import DecodeStream
+
+from tinyalign.bank import Bank, Hit, NewMemory, content_hash, search_banks
+from tinyalign.runtime.answers import Answer, AnswerStream, EncodedPicture, Timings
+from tinyalign.runtime.errors import InputError, QuestionError
+from tinyalign.runtime.images import Picture, load_picture, normalise, resize
+from tinyalign.runtime.keys import make_key, mean_embedding
+from tinyalign.runtime.loading import DEFAULT_BANK, Parts, load_parts, open_session
+from tinyalign.runtime.paths import default_model_dir
+from tinyalign.runtime.prompt import (
+    Segment,
+    build_prompt,
+    embed,
+    encode_question,
+    encode_text,
+    similarity_word,
+    token_count,
+)
+from tinyalign.runtime.sampling import Sampling, pick
+from tinyalign.runtime.threads import default_threads
+
+Floats = NDArray[np.float32]
+MAX_TOKENS = 128
+ANSWER_RESERVE = 16  # tokens of the context kept free for the answer
+
+
+class TinyAlign:
+    """A loaded model with its banks. Threads may share one."""
+
+    def __init__(self, parts: Parts, banks: Sequence[Bank], load_ms: float = 0.0) -> None:
+        self._parts = parts
+        self._banks = tuple(banks)
+        self._compressor: ort.InferenceSession | None = None
+        self._opening = threading.Lock()
+        self._model_id = hashlib.sha256(parts.manifest.to_json().encode()).hexdigest()
+        self.load_ms = load_ms
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        threads: int | None = None,
+        banks: Sequence[str | Path] | None = None,
+    ) -> TinyAlign:
+        """Open a model directory ($TINYALIGN_MODEL or the cache's, if none is named).
+
+        ``threads`` defaults to the CPUs this process may use. ``banks`` are bank files that
+        replace the model's own, which is called "default"; an empty list means none. Raises
+        ModelError or BankError with one clear line.
+        """
+        started = time.perf_counter()
+        if threads is not None and threads < 1:
+            raise InputError(f"the number of threads must be 1 or more, not {threads}")
+        directory = Path(path) if path is not None else default_model_dir()
+        parts = load_parts(directory, threads or default_threads())
+        with ExitStack() as opened:
+            names = ["default"] if banks is None else list(banks)
+            open_banks = [opened.enter_context(_open_bank(parts, name)) for name in names]
+            opened.pop_all()
+        return cls(parts, open_banks, _ms(started))
+
+    @property
+    def parts(self) -> Parts:
+        """The opened model directory: manifest, tokenizer, sessions."""
+        return self._parts
+
+    @property
+    def banks(self) -> tuple[Bank, ...]:
+        """The banks in use."""
+        return self._banks
+
+    def close(self) -> None:
+        """Close the banks."""
+        for bank in self._banks:
+            bank.close()
+
+    def __enter__(self) -> TinyAlign:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def encode(self, image: Picture | EncodedPicture) -> EncodedPicture:
+        """Look at a picture once; the result can be asked about again and again."""
+        if isinstance(image, EncodedPicture):
+            if image.model != self._model_id:
+                raise InputError("the picture was encoded by another model")
+            return image
+        parts, spec = self._parts, self._parts.manifest.image
+        pixels = resize(load_picture(image, spec.background), spec)  # u8 [S, S, 3]
+        cells = _run(parts.vision, ["cells"], pixels=normalise(pixels, spec)[None])[0]
+        tokens, ids = _run(parts.connector, ["image_tokens", "token_ids"], cells=cells)
+        for array in (cells, tokens, ids):
+            array.flags.writeable = False
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        return EncodedPicture(cells[0], tokens[0], ids[0], digest, self._model_id)
+
+    def retrieve(
+        self,
+        image: Picture | EncodedPicture,
+        question: str,
+        top_k: int | None = None,
+        where: Mapping[str, str | int | float | bool] | None = None,
+    ) -> list[Hit]:
+        """The memories an answer would rest on, nearest first; none below the model's floor."""
+        parts, prompt = self._parts, self._parts.manifest.prompt
+        if top_k is not None and top_k < 1:
+            raise InputError(
+                f"top-k must be 1 or more, not {top_k} (no memory at all: --no-memory)"
+            )
+        if not self._banks:
+            return []
+        text = mean_embedding(encode_question(parts.tokenizer, question), parts.embeddings)
+        key = make_key(self.encode(image).pooled, text, parts.keys)
+        hits = search_banks(self._banks, key, top_k or prompt.top_k, where)
+        return [hit for hit in hits if similarity_word(prompt, hit.score) is not None]
+
+    def ask(
+        self,
+        image: Picture | EncodedPicture,
+        question: str,
+        *,
+        memory: bool = True,
+        top_k: int | None = None,
+        where: Mapping[str, str | int | float | bool] | None = None,
+        max_tokens: int = MAX_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Answer:
+        """Answer a question about a picture (path, bytes, PIL image, array, or an encoded one).
+
+        Greedy unless ``temperature`` is above 0. ``memory=False`` asks without the banks;
+        ``where`` keeps only memories with that metadata. Raises PictureError, QuestionError or
+        InputError, all of them InputError, with one clear line.
+        """
+        return self.stream(
+            image,
+            question,
+            memory=memory,
+            top_k=top_k,
+            where=where,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        ).answer
+
+    def stream(
+        self,
+        image: Picture | EncodedPicture,
+        question: str,
+        *,
+        memory: bool = True,
+        top_k: int | None = None,
+        where: Mapping[str, str | int | float | bool] | None = None,
+        max_tokens: int = MAX_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> AnswerStream:
+        """Like ``ask``, but gives the answer piece by piece; work starts with the first piece."""
+        sampling = Sampling(temperature, top_p, seed)
+        if max_tokens < 1:
+            raise InputError(f"max-tokens must be 1 or more, not {max_tokens}")
+        if top_k is not None and top_k < 1:
+            raise InputError(
+                f"top-k must be 1 or more, not {top_k} (no memory at all: --no-memory)"
+            )
+        self._check_room(question, (), (), max_tokens)
+        wanted = (top_k, where) if memory else None
+        return AnswerStream(self._answer(image, question, wanted, max_tokens, sampling))
+
+    def memory(
+        self,
+        image: Picture | EncodedPicture,
+        text: str,
+        source: str = "",
+        metadata: Mapping[str, str | int | float | bool] | None = None,
+    ) -> NewMemory:
+        """A memory of a picture and its text, ready for ``Bank.add``.
+
+        Raises InputError for an empty text or one longer than the compressor takes.
+        """
+        parts, limit = self._parts, self._parts.manifest.compressor.max_text_tokens
+        ids = encode_text(parts.tokenizer, text.strip())
+        if not ids:
+            raise InputError("the text is empty: a memory needs a text")
+        if len(ids) > limit:
+            raise InputError(f"the text is {len(ids)} tokens long, a memory holds {limit}")
+        seen = self.encode(image)
+        words = np.zeros((1, limit, parts.manifest.lm.width), np.float32)
+        words[0, : len(ids)] = parts.embeddings[list(ids)]
+        with self._opening:
+            if self._compressor is None:
+                path = parts.directory / "compressor.onnx"
+                self._compressor = open_session(path, parts.threads)
+        inputs = {"token_embeddings": words, "cells": seen.cells[None]}
+        latents: Floats = _run(self._compressor, ["latents"], **inputs)[0][0]
+        used = latents[: np.flatnonzero(np.any(latents != 0, axis=1))[-1] + 1]
+        key = make_key(seen.pooled, mean_embedding(ids, parts.embeddings), parts.keys)
+        digest = content_hash(bytes.fromhex(seen.pixel_hash), text.strip())
+        return NewMemory(key, used, text.strip(), source, dict(metadata or {}), None, digest)
+
+    def _answer(
+        self,
+        image: Picture | EncodedPicture,
+        question: str,
+        wanted: tuple[int | None, Mapping[str, str | int | float | bool] | None] | None,
+        max_tokens: int,
+        sampling: Sampling,
+    ) -> Generator[str, None, Answer]:
+        parts, context = self._parts, self._parts.manifest.lm.context
+        started = time.perf_counter()
+        picture = self.encode(image)
+        encoded = time.perf_counter()
+        hits = self.retrieve(picture, question, *wanted) if wanted else []
+        tokens = self._memory_tokens(hits)
+        retrieved = time.perf_counter()
+
+        segments = self._check_room(question, hits, tokens, max_tokens)
+        rows = embed(segments, parts.embeddings, picture.image_tokens, tokens)  # [N, D]
+        limit = min(max_tokens, context - len(rows))
+        state = parts.lm.new_state(len(rows) + limit)
+        random = sampling.generator()
+        token = pick(parts.lm.forward(state, rows)[0], sampling, random)
+        prefilled = time.perf_counter()
+
+        ids: list[int] = []
+        text = ""
+        decode_ms = 0.0
+        decoder = DecodeStream(skip_special_tokens=True)
+        while token not in parts.stop_ids:
+            ids.append(token)
+            piece = decoder.step(parts.tokenizer, token)
+            if piece:
+                text += piece
+                yield piece
+            if len(ids) == limit:
+                break
+            step = time.perf_counter()
+            row = parts.embeddings[token : token + 1].astype(np.float32)
+            token = pick(parts.lm.forward(state, row)[0], sampling, random)
+            decode_ms += _ms(step)
+        rest = parts.tokenizer.decode(ids, skip_special_tokens=True)[len(text) :]
+        if rest:  # bytes of a character that never became whole
+            yield rest
+        timings = Timings(
+            encode=1e3 * (encoded - started),
+            retrieve=1e3 * (retrieved - encoded),
+            prefill=1e3 * (prefilled - retrieved),
+            decode=decode_ms,
+            first_token=1e3 * (prefilled - started),
+        )
+        finish: Literal["stop", "length"] = "stop" if token in parts.stop_ids else "length"
+        return Answer(text + rest, tuple(hits), timings, len(ids), tuple(ids), len(rows), finish)
+
+    def _check_room(
+        self, question: str, hits: Sequence[Hit], tokens: Sequence[Floats], max_tokens: int
+    ) -> tuple[Segment, ...]:
+        """The prompt; raises QuestionError if it leaves no room for an answer."""
+        parts, manifest = self._parts, self._parts.manifest
+        words = [similarity_word(manifest.prompt, hit.score) or "" for hit in hits]
+        segments = build_prompt(manifest.prompt, parts.tokenizer, question, words)
+        length = token_count(segments, [len(rows) for rows in tokens])
+        own = len(encode_question(parts.tokenizer, question))
+        room = manifest.lm.context - min(max_tokens, ANSWER_RESERVE) - (length - own)
+        if own > room:
+            raise QuestionError(
+                f"the question is {own} tokens long; {max(room, 0)} fit beside the picture"
+                f"{' and its memories' if hits else ''} (context {manifest.lm.context})"
+            )
+        return segments
+
+    def _memory_tokens(self, hits: Sequence[Hit]) -> list[Floats]:
+        """LM tokens [m, D] of every hit, through the RAG connector in one run."""
+        spec = self._parts.manifest.compressor
+        if not hits:
+            return []
+        latents = np.zeros((len(hits), spec.latents, spec.width), np.float32)  # [K, L, d]
+        for row, hit in zip(latents, hits, strict=True):
+            if hit.latents.shape[0] > spec.latents or hit.latents.shape[1] != spec.width:
+                raise InputError(f"memory {hit.id} of {hit.bank} has latents of another size")
+            row[: len(hit.latents)] = hit.latents
+        tokens, keep = _run(self._parts.rag_connector, ["memory_tokens", "keep"], latents=latents)
+        return [rows[kept] for rows, kept in zip(tokens, keep, strict=True)]
+
+
+def _open_bank(parts: Parts, name: str | Path) -> Bank:
+    path = parts.directory / DEFAULT_BANK if str(name) == "default" else Path(name)
+    label = "default" if str(name) == "default" else ""
+    return Bank.open(path, parts.manifest.fingerprint, read_only=True, name=label)
+
+
+def _run(
+    session: ort.InferenceSession, outputs: list[str], **inputs: NDArray[np.generic]
+) -> list[NDArray[np.generic]]:
+    values: list[NDArray[np.generic]] = session.run(outputs, inputs)
+    return values
+
+
+def _ms(since: float) -> float:
+    return 1e3 * (time.perf_counter() - since)
