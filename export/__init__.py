@@ -1,0 +1,1 @@
+"""torch -> a quantized ONNX model directory."""
