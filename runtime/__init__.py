@@ -1,9 +1,9 @@
 """Ask a picture a question: the runtime for a device, without torch.
 
-    from tinyalign.runtime import TinyAlign
+from tinyalign.runtime import TinyAlign
 
-    model = TinyAlign.load()
-    print(model.ask("cat.jpg", "What is this?").text)
+model = TinyAlign.load()
+print(model.ask("cat.jpg", "What is this?").text)
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from tinyalign.runtime.errors import (
-    BankError,
-    InputError,
-    ModelError,
-    PictureError,
-    QuestionError,
-    TinyAlignError,
-)
-
 if TYPE_CHECKING:
     from tinyalign.runtime.answers import Answer, AnswerStream, EncodedPicture, Timings
+    from tinyalign.runtime.errors import (
+        BankError,
+        InputError,
+        ModelError,
+        PictureError,
+        QuestionError,
+        TinyAlignError,
+    )
     from tinyalign.runtime.model import TinyAlign
 
 __all__ = [
@@ -42,9 +41,15 @@ __all__ = [
 _LATER = {
     "Answer": "answers",
     "AnswerStream": "answers",
+    "BankError": "errors",
     "EncodedPicture": "answers",
+    "InputError": "errors",
+    "ModelError": "errors",
+    "PictureError": "errors",
+    "QuestionError": "errors",
     "Timings": "answers",
     "TinyAlign": "model",
+    "TinyAlignError": "errors",
 }
 
 

@@ -2,7 +2,7 @@
 
 SHA-256 of the default model's 0.2 GB takes 0.1 s with the CPU's SHA instructions and several times
 that without. So what a full check found is remembered in the cache directory: size, both times,
-inode and device of every file, under the manifest's own hash. As long as these agree nothing is read
+inode and device of every file, under the manifest's own hash. While these agree, nothing is read
 again; a changed byte changes at least the inode's change time, which no program can set back.
 """
 

@@ -84,6 +84,14 @@ def normalise(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]
     return chw
 
 
+def read_picture(file: BinaryIO, name: str) -> bytes:
+    """All bytes of an open file up to the limit, not yet decoded; ``name`` is for messages."""
+    data = _read_capped(file, name)
+    if not data:
+        raise PictureError(f"{name} is empty")
+    return data
+
+
 def _read(source: object) -> tuple[bytes, str]:
     """The encoded bytes of a source, and what to call it in messages."""
     if isinstance(source, bytes | bytearray | memoryview):

@@ -147,7 +147,7 @@ class Manifest:
         if not isinstance(data, dict):
             raise ModelError(f"{MANIFEST_NAME} does not hold a JSON object")
         _check_format(data.get("format"))
-        manifest = _build(Manifest, data, "")
+        manifest = from_dict(Manifest, data)
         _check_values(manifest)
         return manifest
 
@@ -237,8 +237,8 @@ def _check_entry(entry: FileEntry) -> None:
         raise ModelError(f"{MANIFEST_NAME}: {entry.path} has no SHA-256")
 
 
-def _build(kind: type[T], data: object, where: str) -> T:
-    """Make the dataclass ``kind`` from a JSON object, key by key."""
+def from_dict(kind: type[T], data: object, where: str = "") -> T:
+    """The dataclass ``kind`` from a JSON object; ModelError names the key that is wrong."""
     if not isinstance(data, dict):
         raise ModelError(f"{MANIFEST_NAME}: {where or 'the manifest'} is not an object")
     hints = typing.get_type_hints(kind)
@@ -255,7 +255,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
+        return from_dict(typing.cast(type, hint), value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         return _convert_tuple(arguments, value, where)
