@@ -33,7 +33,7 @@ try:
 except ImportError:  # it has no binary wheels: without a C++ compiler search is exact
     hnswlib = None
 
-# From this many memories on a graph is worth building. Median milliseconds a query, 256 dims, top 5,
+# From here on a graph is worth building. Median milliseconds a query, 256 dims, top 5 memories,
 # one thread (benchmarks/retrieval.py, two shared x86-64 cores with AVX-512); recall was 1.000:
 #   memories   exact   graph   graph build
 #      1,000   0.04    0.06     0.0 s

@@ -413,22 +413,26 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn what SQLite raises into one clear line."""
     try:
         yield
-    except (sqlite3.Error, OverflowError) as error:
+    except (sqlite3.Error, UnicodeDecodeError, OverflowError) as error:
         raise BankError(_explanation(path, error)) from error
 
 
 def _explanation(path: Path, error: Exception) -> str:
-    text = str(error)
-    if "locked" in text or "busy" in text:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return f"{path} is locked by another process for over {BUSY_SECONDS:.0f} s; try again"
-    if "closed database" in text:
-        return f"{path} is closed"
-    if "readonly" in text:
+    if code == sqlite3.SQLITE_READONLY:
         return f"{path} cannot be written: it or its directory is read-only"
-    if "unable to open" in text:
+    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return f"{path} cannot be opened: no such directory, or no permission"
-    if "full" in text:
+    if code == sqlite3.SQLITE_FULL:
         return f"{path} cannot be written: no space is left; nothing was changed"
-    if "too big" in text:
+    if code == sqlite3.SQLITE_IOERR:
+        return f"{path} cannot be read or written: the disk reports an error"
+    if code == sqlite3.SQLITE_TOOBIG:
         return f"a text or thumbnail is over {MAX_VALUE_BYTES >> 20} MiB; {path} was not changed"
-    return f"{path} is damaged or not a memory bank ({text}); take it from a backup"
+    if isinstance(error, OverflowError):
+        return f"{path} has no such memory: ids are 64-bit numbers"
+    if isinstance(error, sqlite3.ProgrammingError):
+        return f"{path} is closed"
+    return f"{path} is damaged: SQLite cannot read it; take it from a backup"
