@@ -29,7 +29,13 @@ from tinyalign.runtime.images import load_picture, preprocess
 from tinyalign.runtime.manifest import ImageSpec
 from tinyalign.training import pictures as source_pictures
 from tinyalign.training.composites import draw_scene, make_scenes
-from tinyalign.training.pictures import Picture, imagenet_classes, read_image
+from tinyalign.training.pictures import (
+    EASY_COLOURS,
+    Picture,
+    easy_truth,
+    imagenet_classes,
+    read_image,
+)
 from tinyalign.training.sources import SourceError, cache_dir, vision_weights
 from tinyalign.training.views import dominant_colour, has_alpha, rng_of, thumbnail, view
 from tinyalign.training.vision import CELLS, IMAGE_SIZE, WIDTH, load_vision
@@ -175,8 +181,7 @@ def _view(picture: Picture, image: Image.Image, index: int) -> Image.Image:
 
 def _colour(picture: Picture, image: Image.Image) -> str:
     if picture.source == "easy_vqa":
-        colours = ("red", "green", "blue", "yellow", "black", "gray", "teal", "brown")
-        return next((a for _, a in picture.questions if a in colours), "").replace("gray", "grey")
+        return easy_truth(picture.questions, EASY_COLOURS).replace("gray", "grey")
     return dominant_colour(image) if has_alpha(image) else ""
 
 

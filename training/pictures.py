@@ -12,7 +12,7 @@ import json
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -93,7 +93,7 @@ _EMOJI_PREFER: dict[str, frozenset[str]] = {
     "clothing": frozenset({"clothing", "footwear", "hat", "headwear", "bag", "jewelry"}),
     "tool": frozenset({"tool", "weapon", "utensil"}),
     "musical": frozenset({"musical instrument"}),
-    "sport": frozenset({"sports equipment", "ball", "sport"}),
+    "sport": frozenset({"sports equipment", "ball", "game equipment"}),
     "game": frozenset({"game equipment", "toy", "game"}),
     "sky": frozenset({"celestial body", "star", "weather", "cloud"}),
     "body": frozenset({"body part"}),
@@ -187,7 +187,8 @@ _FURNITURE_NAMES = {
 }  # fmt: skip
 _FURNITURE_PREFER = frozenset(
     """furniture seat lamp furnishing appliance container device equipment tableware utensil
-    structure tree plant door covering tool box bag vehicle clothing footwear room""".split()
+    structure tree plant door covering tool box bag vehicle clothing footwear room ball toy
+    machine computer telephone camera""".split()
 )
 
 
@@ -325,7 +326,7 @@ def easy_vqa(cache: Path | None = None) -> list[Picture]:
         for question, answer, image in json.loads((root / folder / "questions.json").read_text()):
             asked.setdefault(image, []).append((question, answer))
         for image in sorted(asked):
-            shape = _easy_shape(asked[image])
+            shape = easy_truth(asked[image], EASY_SHAPES) or "shape"
             pictures.append(
                 Picture(
                     f"easy_vqa/{folder}/{image}", "easy_vqa", shape, "easy vqa shape", "shape", "",
@@ -335,16 +336,24 @@ def easy_vqa(cache: Path | None = None) -> list[Picture]:
     return pictures
 
 
-def _easy_shape(asked: list[tuple[str, str]]) -> str:
-    shapes = ("circle", "rectangle", "triangle")
+EASY_SHAPES = ("circle", "rectangle", "triangle")
+EASY_COLOURS = ("red", "green", "blue", "yellow", "black", "gray", "teal", "brown")
+
+
+def easy_truth(asked: Iterable[tuple[str, str]], options: tuple[str, ...]) -> str:
+    """Which of the options is in the picture, told from its questions and answers ("" when none tells)."""
+    excluded = set()
     for question, answer in asked:
-        if answer in shapes:
+        if answer in options:
             return answer
-        named = [shape for shape in shapes if shape in question]
-        yes = answer == ("no" if re.search(r"\b(not|no)\b", question) else "yes")
-        if named and (yes or question.startswith("what")):
-            return named[0]
-    return "shape"
+        named = next((option for option in options if option in question.rstrip("?").split()), "")
+        if not named:
+            continue
+        if answer not in ("yes", "no") or (answer == "no") == bool(re.search(r"\b(not|no)\b", question)):
+            return named
+        excluded.add(named)
+    left = set(options) - excluded
+    return left.pop() if len(left) == 1 else ""
 
 
 def photos(cache: Path | None = None) -> list[Picture]:

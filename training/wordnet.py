@@ -134,7 +134,8 @@ class WordNet:
     def meaning(self, name: str, prefer: Collection[str] = ()) -> Meaning | None:
         """Kind and gloss of a name, by the whole phrase, else by its head noun.
 
-        `prefer` lists kinds that win over a more frequent sense ("bat" among animals).
+        `prefer` lists kinds that win over a more frequent sense ("bat" among animals); by the head noun alone
+        no other kind is believed ("airplane arrival").
         The gloss is given only when the whole phrase is known.
         """
         phrase = self.lemma(name)
@@ -145,6 +146,8 @@ class WordNet:
         if not senses:
             return None
         kind, sense = next((pair for pair in senses if pair[0] in prefer), senses[0])
+        if prefer and not phrase and kind not in prefer:
+            kind = ""  # a head noun in a sense that does not fit says nothing
         return Meaning(kind, short_gloss(sense.gloss) if phrase else "", lemma)
 
     def best_sense(self, names: Collection[str]) -> Synset | None:
