@@ -62,8 +62,8 @@ class Bank:
     ) -> Bank:
         """Open a bank; with a ``fingerprint``, one made for another model is refused.
 
-        ``name`` replaces the stored name in hits. Reading only writes nothing but the index cache,
-        and works in a directory that cannot be written.
+        ``name`` replaces the stored name in hits. Reading only works in a directory that cannot be
+        written, and puts nothing beside a sealed bank but the index cache of a large one.
         """
         store = open_store(Path(path), read_only)
         made_for = store.header.fingerprint

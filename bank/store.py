@@ -25,12 +25,11 @@ from numpy.typing import NDArray
 from tinyalign.bank import memory as codec
 from tinyalign.bank.errors import BankError, InputError
 from tinyalign.bank.memory import Floats, Memory, Metadata, Row, Value
+from tinyalign.bank.sqlite import check_file, connect, connect_read_only, explained, pragma
 
 FORMAT = 1
 APPLICATION_ID = 0x7441424B  # "tABK" in SQLite's application_id
-MAX_VALUE_BYTES = 16 << 20  # no text, thumbnail or blob in a bank is larger
 MAX_WIDTH = 65_536
-BUSY_SECONDS = 10.0
 GENERATIONS_KEPT = 1000  # an index older than this many write transactions is rebuilt
 IDS_PER_QUERY = 500
 
@@ -73,14 +72,14 @@ class Generation:
 def create_store(path: Path, header: Header) -> Store:
     """Create a bank file in WAL mode; BankError if there is one already."""
     _check_header(header)
-    if path.exists() and (not path.is_file() or path.stat().st_size > 0):
-        raise BankError(f"{path} already exists")
-    with _explained(path):
-        connection = _connect(path, "rwc")
+    with explained(path):
+        if path.exists() and (not path.is_file() or path.stat().st_size > 0):
+            raise BankError(f"{path} already exists")
+        connection = connect(path, "rwc")
     try:
-        with _explained(path):
+        with explained(path):
             connection.execute("BEGIN EXCLUSIVE")
-            if _pragma(connection, "schema_version") != 0:
+            if pragma(connection, "schema_version") != 0:
                 raise BankError(f"{path} already exists")
             for statement in SCHEMA:
                 connection.execute(statement)
@@ -98,11 +97,11 @@ def create_store(path: Path, header: Header) -> Store:
 
 def open_store(path: Path, read_only: bool) -> Store:
     """Open a bank file; BankError says what is wrong with one that cannot be used."""
-    _check_file(path)
-    with _explained(path):
-        connection = _connect_read_only(path) if read_only else _connect(path, "rw")
+    check_file(path)
+    with explained(path):
+        connection = connect_read_only(path) if read_only else connect(path, "rw")
     try:
-        with _explained(path):
+        with explained(path):
             return Store(path, connection, _read_header(path, connection), read_only)
     except BaseException:
         connection.close()
@@ -129,10 +128,10 @@ class Store:
     def seal(self) -> None:
         """Make the bank a single dense file without -wal and -shm; nobody else may have it open."""
         self._check_writable()
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             self._connection.execute("VACUUM")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            if _pragma(self._connection, "journal_mode = DELETE") != "delete":
+            if pragma(self._connection, "journal_mode = DELETE") != "delete":
                 raise BankError(f"{self.path} cannot be sealed while another process has it open")
 
     @contextmanager
@@ -258,12 +257,12 @@ class Store:
             raise self._damaged(number) from None
 
     def _rows(self, query: str, values: Sequence[Value] = ()) -> list[tuple[Any, ...]]:
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             return self._connection.execute(query, values).fetchall()
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[None]:
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             self._connection.execute(begin)
             try:
                 yield
@@ -309,45 +308,10 @@ def _where(where: Metadata | None) -> tuple[str, list[Value]]:
     return (" WHERE " + " AND ".join(conditions) if conditions else ""), values
 
 
-# --- opening and checking files ------------------------------------------------------------
-
-
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}",
-        uri=True,
-        timeout=BUSY_SECONDS,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    try:
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
-        for pragma in ("synchronous = FULL", "trusted_schema = OFF", "cell_size_check = ON"):
-            connection.execute(f"PRAGMA {pragma}")
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # reads the file
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _connect_read_only(path: Path) -> sqlite3.Connection:
-    """WAL mode writes beside the file; where that is impossible, nobody can change it either."""
-    try:
-        return _connect(path, "ro")
-    except sqlite3.OperationalError:
-        if _size(path, "-wal"):
-            raise BankError(
-                f"{path} was not closed cleanly and its directory is read-only: "
-                "open it once for writing, or copy it with its -wal file"
-            ) from None
-        return _connect(path, "ro&immutable=1")
-
-
 def _read_header(path: Path, connection: sqlite3.Connection) -> Header:
-    if _pragma(connection, "application_id") != APPLICATION_ID:
+    if pragma(connection, "application_id") != APPLICATION_ID:
         raise BankError(f"{path} is an SQLite file but not a memory bank")
-    version = _pragma(connection, "user_version")
+    version = pragma(connection, "user_version")
     if version > FORMAT:
         raise BankError(
             f"{path} has bank format {version}, newer than {FORMAT}, which this version of "
@@ -372,67 +336,3 @@ def _check_header(header: Header) -> None:
     for width in (header.key_width, header.latent_width):
         if not isinstance(width, int) or not 0 < width <= MAX_WIDTH:
             raise InputError(f"a bank's key and latent widths are 1 to {MAX_WIDTH}, not {width!r}")
-
-
-def _check_file(path: Path) -> None:
-    """Refuse what is no SQLite file or is cut short, before SQLite looks at it."""
-    try:
-        if not path.exists():
-            raise BankError(f"{path} does not exist")
-        if not path.is_file():
-            raise BankError(f"{path} is not a file")
-        with path.open("rb") as file:
-            head = file.read(100)
-    except OSError as error:
-        raise BankError(f"{path} cannot be read: {error.strerror}") from None
-    if not head:
-        raise BankError(f"{path} is empty, not a memory bank")
-    if len(head) < 100 or not head.startswith(b"SQLite format 3\0"):
-        raise BankError(f"{path} is not a memory bank (not an SQLite file)")
-    page = int.from_bytes(head[16:18], "big")
-    declared = (65_536 if page == 1 else page) * int.from_bytes(head[28:32], "big")
-    if _size(path) < declared and not _size(path, "-wal") and not _size(path, "-journal"):
-        raise BankError(
-            f"{path} is cut short: {_size(path)} of {declared} bytes; take it from a backup"
-        )
-
-
-def _size(path: Path, suffix: str = "") -> int:
-    try:
-        return path.with_name(path.name + suffix).stat().st_size
-    except OSError:
-        return 0
-
-
-def _pragma(connection: sqlite3.Connection, pragma: str) -> Any:
-    return connection.execute(f"PRAGMA {pragma}").fetchone()[0]
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what SQLite raises into one clear line."""
-    try:
-        yield
-    except (sqlite3.Error, UnicodeDecodeError, OverflowError) as error:
-        raise BankError(_explanation(path, error)) from error
-
-
-def _explanation(path: Path, error: Exception) -> str:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return f"{path} is locked by another process for over {BUSY_SECONDS:.0f} s; try again"
-    if code == sqlite3.SQLITE_READONLY:
-        return f"{path} cannot be written: it or its directory is read-only"
-    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return f"{path} cannot be opened: no such directory, or no permission"
-    if code == sqlite3.SQLITE_FULL:
-        return f"{path} cannot be written: no space is left; nothing was changed"
-    if code == sqlite3.SQLITE_IOERR:
-        return f"{path} cannot be read or written: the disk reports an error"
-    if code == sqlite3.SQLITE_TOOBIG:
-        return f"a text or thumbnail is over {MAX_VALUE_BYTES >> 20} MiB; {path} was not changed"
-    if isinstance(error, OverflowError):
-        return f"{path} has no such memory: ids are 64-bit numbers"
-    if isinstance(error, sqlite3.ProgrammingError):
-        return f"{path} is closed"
-    return f"{path} is damaged: SQLite cannot read it; take it from a backup"

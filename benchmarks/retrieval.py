@@ -74,7 +74,8 @@ def _timed(snapshot: index.Snapshot, queries: Floats, k: int) -> tuple[list[floa
 
 
 def _unit(vectors: Floats) -> Floats:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit: Floats = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return unit
 
 
 def main() -> None:

@@ -505,6 +505,22 @@ def test_read_only_directory(sealed: bool) -> None:
             folder.chmod(0o755)
 
 
+def test_bank_left_open_in_a_read_only_directory() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        fill(Path(name) / "a.sqlite", 20)
+        with Bank.open(Path(name) / "a.sqlite") as bank:
+            bank.add([memory(clustered(1, seed=4)[0], "in the -wal only")])
+            shutil.copy(Path(name) / "a.sqlite", Path(name) / "b.sqlite")
+            shutil.copy(Path(name) / "a.sqlite-wal", Path(name) / "b.sqlite-wal")
+        Path(name).chmod(0o555)
+        try:
+            command = [sys.executable, "-c", READ, str(Path(name) / "b.sqlite"), str(DK)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert "b.sqlite was not closed cleanly" in done.stderr.splitlines()[-1]
+        finally:
+            Path(name).chmod(0o755)
+
+
 def test_foreign_fingerprint(path: Path) -> None:
     fill(path, 1)
     with pytest.raises(BankError, match="made for another model"):
@@ -521,6 +537,8 @@ def test_create_never_replaces(path: Path, tmp_path: Path) -> None:
         Bank.create(tmp_path, FINGERPRINT, DK, D)
     with pytest.raises(BankError, match="no such directory"):
         Bank.create(tmp_path / "no" / "b.sqlite", FINGERPRINT, DK, D)
+    with pytest.raises(BankError, match="name too long"):
+        Bank.create(tmp_path / ("n" * 300), FINGERPRINT, DK, D)
     for fingerprint, width in (("", DK), (FINGERPRINT, 0), (FINGERPRINT, 10**9)):
         with pytest.raises(InputError):
             Bank.create(tmp_path / "new.sqlite", fingerprint, width, D)
@@ -744,3 +762,30 @@ def test_processes_add_while_threads_search(path: Path, sealed: bool) -> None:
     assert sorted(found(bank, keys[0], 1000)) == list(range(1, 251))
     bank.close()
     assert not path.with_name(path.name + "-wal").exists()
+
+
+KILLED = """
+import os, sys
+import numpy as np
+from tinyalign.bank import Bank, NewMemory
+with Bank.open(sys.argv[1]) as bank:
+    connection = bank._store._connection
+    connection.execute("PRAGMA cache_size = 1")  # so that pages are written before the commit
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("UPDATE memories SET text = hex(randomblob(2000))")
+    os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_killed_writer_leaves_the_old_state(path: Path, sealed: bool, read_only: bool) -> None:
+    keys = fill(path, 60)
+    if sealed:
+        with Bank.open(path) as bank:
+            bank.seal()
+    assert subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=60).returncode == 9
+    assert path.with_name(path.name + ("-journal" if sealed else "-wal")).stat().st_size > 0
+    with Bank.open(path, read_only=read_only) as bank:
+        assert [m.text for m in bank.list()] == [f"thing {n}" for n in range(60)]
+        assert found(bank, keys[7], 1) == [8]
