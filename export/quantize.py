@@ -46,11 +46,11 @@ def quantize(weight: NDArray[np.float32], bits: Bits) -> Blocks:
 def dequantize(blocks: Blocks) -> NDArray[np.float32]:
     """The weight [N, K] that a quantized one stands for."""
     if blocks.zero_points is None:
-        codes, zero_points = blocks.packed, np.uint8(128)
+        codes, zero_points = blocks.packed, np.full_like(blocks.scales, 128)
     else:
         codes = unpack_4(blocks.packed)
-        zero_points = unpack_4(blocks.zero_points)[:, : blocks.scales.shape[1], None]
-    values = (codes.astype(np.float32) - zero_points) * blocks.scales[:, :, None]
+        zero_points = unpack_4(blocks.zero_points)[:, : blocks.scales.shape[1]].astype(np.float32)
+    values = (codes.astype(np.float32) - zero_points[:, :, None]) * blocks.scales[:, :, None]
     return values.reshape(blocks.rows, -1)[:, : blocks.columns].astype(np.float32)
 
 
@@ -88,7 +88,9 @@ def encode_4(
     blocks: NDArray[np.float32], scales: NDArray[np.float32], zero: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Nearest codes 0..15 of blocks [N, B, BLOCK], still as floats."""
-    return np.clip(np.rint(blocks / nonzero(scales)[:, :, None]) + zero[:, :, None], 0, 15)
+    steps: NDArray[np.float32] = np.rint(blocks / nonzero(scales)[:, :, None])
+    codes: NDArray[np.float32] = np.clip(steps + zero[:, :, None], 0, 15)
+    return codes
 
 
 def decode_4(
@@ -107,7 +109,8 @@ def pack_4(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Two 4-bit codes of the last axis in a byte, the first one low; an odd end is padded."""
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    packed: NDArray[np.uint8] = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
+    return packed
 
 
 def unpack_4(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
