@@ -25,7 +25,8 @@ from tinyalign.training.views import (
 
 Task = Literal["count", "position", "colour", "pair"]
 POSITIONS: dict[str, tuple[float, float]] = {  # centre of the object
-    "left": (0.24, 0.5), "right": (0.76, 0.5), "top": (0.5, 0.24), "bottom": (0.5, 0.76), "centre": (0.5, 0.5),
+    "left": (0.24, 0.5), "right": (0.76, 0.5), "top": (0.5, 0.24), "bottom": (0.5, 0.76),
+    "centre": (0.5, 0.5),
 }  # fmt: skip
 MAX_COUNT = 5
 
@@ -52,17 +53,28 @@ class Scene:
 
 
 def make_scenes(pictures: Sequence[Picture], total: int, seed: str = "scenes") -> list[Scene]:
-    """`total` scenes of each task in turn (half count), objects drawn from `pictures` of both splits.
+    """`total` scenes of each task in turn (half count), of the objects of both splits.
 
     About 12 % of the scenes are of held-out objects only.
     """
     sides = {side: [p for p in pictures if p.split == side] for side in ("train", "held")}
-    tasks: tuple[Task, ...] = ("count", "position", "count", "colour", "count", "pair", "count", "position")
+    tasks: tuple[Task, ...] = (
+        "count",
+        "position",
+        "count",
+        "colour",
+        "count",
+        "pair",
+        "count",
+        "position",
+    )
     scenes = []
     for index in range(total):
         rng = rng_of(f"{seed}/{index}")
         split: Literal["train", "held"] = "held" if rng.random() < 0.12 else "train"
-        scenes.append(_scene(f"composites/{index}", tasks[index % len(tasks)], split, sides[split], rng))
+        scenes.append(
+            _scene(f"composites/{index}", tasks[index % len(tasks)], split, sides[split], rng)
+        )
     return scenes
 
 
@@ -96,7 +108,8 @@ def _scene(
         shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
         number = 1 if task == "colour" else rng.randint(1, MAX_COUNT)
         boxes = scattered_boxes(number, rng) if number > 1 else (_centred(rng),)
-        return Scene(id, task, split, (shape,) * number, (f"shape/{shape}/{colour}",) * number, boxes,
+        return Scene(id, task, split, (shape,) * number, (f"shape/{shape}/{colour}",) * number,
+        boxes,
                      colour=colour)  # fmt: skip
     first = rng.choice(pool)
     if task == "count":
@@ -116,7 +129,7 @@ def _scene(
 
 
 def scattered_boxes(number: int, rng: Random) -> tuple[tuple[float, float, float, float], ...]:
-    """Boxes of one size that do not overlap, each in its own cell of a 3x3 grid (2x2 up to three)."""
+    """Boxes of one size, each in its own cell of a 3x3 grid (2x2 up to three): none overlap."""
     grid = 2 if number <= 3 else 3
     cell = 1 / grid
     side = cell * rng.uniform(0.7, 0.9)
@@ -133,5 +146,3 @@ def _centred(rng: Random) -> tuple[float, float, float, float]:
     side = rng.uniform(0.45, 0.75)
     left, top = rng.uniform(0.05, 0.95 - side), rng.uniform(0.05, 0.95 - side)
     return (left, top, left + side, top + side)
-
-

@@ -1,8 +1,10 @@
 """The feature cache: every view of every picture through the frozen encoder, once.
 
-A source is two append-only files in `<cache>/features`: `<source>.f16` (cells [n, 10, 1280], float16)
-and `<source>.jsonl` (one record a row, see `Record`). They can be read while they grow, and a run that
-was stopped continues where it was. Thumbnails for the default bank lie in `<source>.thumbs.jsonl`.
+A source is two append-only files in `<cache>/features`: `<source>.f16` (cells [n, 10, 1280],
+float16) and `<source>.jsonl` (one record a row, see `Record`). They can be read while they grow,
+and
+a run that was stopped continues where it was. Thumbnails for the default bank lie in
+`<source>.thumbs.jsonl`.
 
     python -m tinyalign.training.features [source ...]
 """
@@ -57,8 +59,9 @@ Cells = NDArray[np.float32]
 class Record:
     """What is known of one row of features. Texts are "" and lists empty where nothing is known.
 
-    `id` names the picture (the same for its views), `concept` what the split goes by. `task` says what a
-    generated scene was made to ask; `names` and `pictures` list its objects, left one first in a pair.
+    `id` names the picture (the same for its views), `concept` what the split goes by. `task` says
+    what a generated scene was made to ask; `names` and `pictures` list its objects, left one first
+    in a pair.
     `colour` is given only where it is clear-cut. `count` is the number of objects (0: not known).
     """
 
@@ -100,7 +103,8 @@ def load_features(
 ) -> tuple[NDArray[np.float16], list[Record]]:
     """Cells f16 [n, 10, 1280] and their records of all sources that are there, even in part.
 
-    Of one source alone the array is a memory map; of several a copy. Raises SourceError when none is there.
+    Of one source alone the array is a memory map; of several a copy. Raises SourceError when none
+    is there.
     """
     arrays, records = [], []
     for source in sources:
@@ -166,7 +170,8 @@ def jobs(source: str, done: set[tuple[str, int]], cache: Path) -> Iterator[Job]:
 def record_of(picture: Picture, view: int, colour: str) -> Record:
     """The record of one view of a picture."""
     return Record(
-        picture.id, view, picture.source, picture.split, picture.name, picture.concept, picture.kind,
+        picture.id, view, picture.source, picture.split, picture.name, picture.concept,
+        picture.kind,
         picture.gloss, picture.licence, picture.creator, colour, 1, questions=picture.questions,
     )  # fmt: skip
 
@@ -256,7 +261,8 @@ def _build_source(source: str, cache: Path) -> None:
                 speed = made / (time.monotonic() - started)
                 left = max(total - made - len(done), 0) / speed
                 print(
-                    f"features {source}: {made + len(done)}/{total}, {speed:.1f}/s, {left:.0f} s left",
+                    f"features {source}: {made + len(done)}/{total}, {speed:.1f}/s, "
+                    f"{left:.0f} s left",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
 
@@ -283,7 +289,7 @@ def encoder(cache: Path) -> Callable[[NDArray[np.float32]], Cells]:
             str(temporary), input_names=["pixels"], output_names=["cells"],
             dynamic_axes={"pixels": {0: "batch"}, "cells": {0: "batch"}}, dynamo=False,
         )  # fmt: skip
-        os.replace(temporary, graph)
+        temporary.replace(graph)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = min(2, len(os.sched_getaffinity(0)))
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -295,7 +301,7 @@ def encoder(cache: Path) -> Callable[[NDArray[np.float32]], Cells]:
 
 
 def _build_prototypes(cache: Path) -> None:
-    """Pseudo-features of the 1000 classes: `mean + s (W_c - mean W)` and a real picture's residual grid."""
+    """Pseudo-features of the 1000 classes, see `prototype_cells`."""
     path = features_dir(cache) / "prototypes.f16"
     classes = imagenet_classes(cache)
     if len(_trim_to_whole_rows(path)) == len(classes) * PROTOTYPE_VIEWS:
@@ -313,12 +319,16 @@ def _build_prototypes(cache: Path) -> None:
     path.with_suffix(".jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     logits = cells[:, 0] @ weight.T + model.classifier.bias.numpy()
     right = (logits.argmax(1) == np.repeat(np.arange(len(classes)), PROTOTYPE_VIEWS)).mean()
-    print(f"features prototypes: {len(rows)} rows, classified as themselves {right:.3f}", file=sys.stderr)
+    print(
+        f"features prototypes: {len(rows)} rows, classified as themselves {right:.3f}",
+        file=sys.stderr,
+    )
 
 
 def prototype_cells(real: Cells, weight: Cells, bias: Cells) -> Cells:
     """Pseudo-cells f32 [classes * 2, 10, 1280] from real cells [n, 10, 1280] and the classifier.
 
+    `mean + s (W_c - mean W)`, clipped at 0, with a part of a real picture's residual grid.
     The step s is what confidently classified real pictures show along their class's direction.
     """
     mean = real[:, 0].mean(0)
@@ -329,7 +339,10 @@ def prototype_cells(real: Cells, weight: Cells, bias: Cells) -> Cells:
     best = logits[confident].argmax(1)
     steps = ((real[confident, 0] - mean) * direction[best]).sum(1) / (direction[best] ** 2).sum(1)
     step = float(np.median(steps)) if len(steps) else 10.0
-    print(f"features prototypes: step {step:.2f} from {len(steps)} confident pictures", file=sys.stderr)
+    print(
+        f"features prototypes: step {step:.2f} from {len(steps)} confident pictures",
+        file=sys.stderr,
+    )
     rng = np.random.default_rng(0)
     found = []
     for index in range(len(weight)):

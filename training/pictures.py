@@ -21,7 +21,7 @@ from typing import Literal
 from PIL import Image
 
 from tinyalign.training.sources import unpack
-from tinyalign.training.wordnet import Meaning, WordNet, load_wordnet, short_gloss
+from tinyalign.training.wordnet import Meaning, WordNet, load_wordnet, short_gloss, word_list
 
 Split = Literal["train", "held"]
 SOURCES = ("emoji", "photos", "easy_vqa", "furniture", "clipart")
@@ -56,11 +56,13 @@ def split_of(concept: str) -> Split:
 
 # Words that tell how a thing looks, not what it is; left out of the concept.
 _MODIFIERS = frozenset(
-    """red orange yellow green blue purple pink brown black white grey gray small big large little
-    old new open opened closed full empty round rounded square double triple simple modern classic
-    oncoming front-facing baby tropical cartoon sitting lying down standing holding young male
-    female wooden plastic iron glass oak hot nice cute happy sad smiling single high low left
-    right spouting two-hump rectangle rectangular oval wall the a an""".split()
+    word_list(
+        """red orange yellow green blue purple pink brown black white grey gray small big large
+        little old new open opened closed full empty round rounded square double triple simple modern
+    classic oncoming front-facing baby tropical cartoon sitting lying down standing holding
+    young male female wooden plastic iron glass oak hot nice cute happy sad smiling single high
+    low left right spouting two-hump rectangle rectangular oval wall the a an"""
+    )
 )
 
 
@@ -68,27 +70,31 @@ def concept_of(name: str, wordnet: WordNet) -> str:
     """A name without looks and in the singular: "green apples" -> "apple"."""
     words = [word for word in name.lower().split() if word not in _MODIFIERS] or name.split()
     phrase = " ".join(words)
-    return (wordnet.lemma(phrase) or " ".join((*words[:-1], wordnet.lemma(words[-1]) or words[-1]))).replace("_", " ")
+    return (
+        wordnet.lemma(phrase) or " ".join((*words[:-1], wordnet.lemma(words[-1]) or words[-1]))
+    ).replace("_", " ")
 
 
 # ------------------------------------------------------------------ emoji
 
 _EMOJI_SKIP = frozenset(
-    """skin-tone hair-style country-flag subdivision-flag flag keycap alphanum arrow zodiac
+    word_list(
+        """skin-tone hair-style country-flag subdivision-flag flag keycap alphanum arrow zodiac
     av-symbol gender math punctuation currency other-symbol warning transport-sign religion
-    person-symbol family person-gesture person-activity person-resting""".split()
+    person-symbol family person-gesture person-activity person-resting"""
+    )
 )
 _EMOJI_PREFER: dict[str, frozenset[str]] = {
     "animal": frozenset(
-        """dog cat bird fish insect snake monkey bear spider dinosaur lizard shellfish crustacean
-        amphibian reptile animal""".split()
+        word_list(
+            """dog cat bird fish insect snake monkey bear spider dinosaur lizard shellfish
+            crustacean amphibian reptile animal"""
+        )
     ),
     "plant": frozenset({"plant", "tree", "flower", "fungus"}),
     "food": frozenset({"fruit", "vegetable", "food", "dish", "bread", "dessert", "sweet"}),
     "drink": frozenset({"drink", "container", "tableware"}),
-    "transport": frozenset(
-        {"car", "truck", "boat", "ship", "aircraft", "train", "vehicle", "way"}
-    ),
+    "transport": frozenset({"car", "truck", "boat", "ship", "aircraft", "train", "vehicle", "way"}),
     "place": frozenset({"building", "structure", "landform", "land"}),
     "clothing": frozenset({"clothing", "footwear", "hat", "headwear", "bag", "jewelry"}),
     "tool": frozenset({"tool", "weapon", "utensil"}),
@@ -104,14 +110,18 @@ _EMOJI_NAMES = {
     "dog face": "dog", "cat face": "cat", "horse face": "horse", "tiger face": "tiger",
     "monkey face": "monkey", "cow face": "cow", "pig face": "pig", "mouse face": "mouse",
     "rabbit face": "rabbit", "dragon face": "dragon", "front-facing baby chick": "baby chick",
-    "spouting whale": "whale", "ear of corn": "corn", "automobile": "car", "headphone": "headphones",
+    "spouting whale": "whale", "ear of corn": "corn", "automobile": "car",
+    "headphone": "headphones",
     "sport utility vehicle": "car", "oncoming automobile": "car", "hot beverage": "cup of coffee",
     "closed book": "book", "red paper lantern": "paper lantern", "carpentry saw": "saw",
     "microbe": "microbe", "optical disk": "compact disc", "pool 8 ball": "billiard ball",
-    "hourglass done": "hourglass", "hourglass not done": "hourglass", "umbrella on ground": "umbrella",
+    "hourglass done": "hourglass", "hourglass not done": "hourglass",
+    "umbrella on ground": "umbrella",
     "soft ice cream": "ice cream", "leafy green": "lettuce", "lady beetle": "ladybug",
-    "cricket game": "cricket bat", "ping pong": "table tennis racket", "badminton": "badminton racket",
-    "tennis": "tennis racket", "bullseye": "dartboard", "game die": "dice", "thong sandal": "sandal",
+    "cricket game": "cricket bat", "ping pong": "table tennis racket",
+    "badminton": "badminton racket",
+    "tennis": "tennis racket", "bullseye": "dartboard", "game die": "dice",
+    "thong sandal": "sandal",
     "billed cap": "cap", "roll of paper": "toilet paper", "locked": "padlock",
     "unlocked": "open padlock", "linked paperclips": "paperclips", "balance scale": "scales",
     "one-piece swimsuit": "swimsuit", "articulated lorry": "truck", "delivery truck": "truck",
@@ -144,7 +154,9 @@ def emoji(cache: Path | None = None) -> list[Picture]:
         if subgroup.startswith("face-"):
             meaning = Meaning("face", "", "")
         pictures.append(
-            _picture(f"emoji/{file[:-5]}", "emoji", name, meaning, wordnet, "MIT", "Microsoft", file)
+            _picture(
+                f"emoji/{file[:-5]}", "emoji", name, meaning, wordnet, "MIT", "Microsoft", file
+            )
         )
     return pictures
 
@@ -159,7 +171,7 @@ def _emoji_name(label: str) -> str:
         return ""
     if not _PROPER.match(name):
         name = name[0].lower() + name[1:]
-    name = _EMOJI_NAMES.get(name, name)
+    name = _EMOJI_NAMES.get(name, name).replace("oK hand", "OK hand")
     return "" if len(name.split()) > 4 else name
 
 
@@ -171,9 +183,11 @@ _FURNITURE_LICENCES = {
 }  # fmt: skip
 # Brand names, drawings on the floor, wall parts no one would ask about.
 _FURNITURE_SKIP = re.compile(
-    r"\d|frame |parking|switch|plug|socket|chevrolet|peugeot|renault|seat leon|ford|yamaha|vw |apple i"
-    r"|playstation|barnum|concept|cctv|suv|flipper|puff|frame|winchester|osaka|ryokan|unit\b|:|,"
-    r"|island extension|contemporary living room|full bookcase|hashtray|bootie|penbox|rail crossing",
+    r"\d|frame |parking|switch|plug|socket|chevrolet|peugeot|renault|seat leon|ford|yamaha|vw "
+    r"|apple i|playstation|barnum|concept|cctv|suv|flipper|puff|frame|winchester|osaka"
+    r"|ryokan|unit\b|:|,"
+    r"|island extension|contemporary living room|full bookcase|hashtray|bootie|penbox"
+    r"|rail crossing",
     re.I,
 )
 _FURNITURE_NAMES = {
@@ -181,14 +195,17 @@ _FURNITURE_NAMES = {
     "text marker": "marker pen", "gaz water heater": "water heater", "mocassin": "moccasin",
     "woman shoes": "shoes", "teck chair": "teak chair", "toilets": "toilet", "female": "woman",
     "male": "man", "little bank": "small bench", "wood bank": "wooden bench", "tv": "television",
-    "basin": "basin", "cup cake": "cupcake", "bended coconut tree": "coconut tree", "bath": "bathtub",
+    "basin": "basin", "cup cake": "cupcake", "bended coconut tree": "coconut tree",
+    "bath": "bathtub",
     "fork lift": "forklift", "punching ball": "punching bag", "extinguisher": "fire extinguisher",
     "mixer": "mixer", "wall flat tv": "flat television", "cooker": "cooker", "safe": "safe",
 }  # fmt: skip
 _FURNITURE_PREFER = frozenset(
-    """furniture seat lamp furnishing appliance container device equipment tableware utensil
+    word_list(
+        """furniture seat lamp furnishing appliance container device equipment tableware utensil
     structure tree plant door covering tool box bag vehicle clothing footwear room ball toy
-    machine computer telephone camera""".split()
+    machine computer telephone camera"""
+    )
 )
 
 
@@ -213,8 +230,14 @@ def furniture(cache: Path | None = None) -> list[Picture]:
             meaning = wordnet.meaning(name, _FURNITURE_PREFER) or Meaning("", "", "")
             pictures.append(
                 _picture(
-                    f"furniture/{catalogue}/{number}", "furniture", name, meaning, wordnet, licence,
-                    entry.get("creator", catalogue), f"{catalogue}.sh3f!{entry['icon'].lstrip('/')}",
+                    f"furniture/{catalogue}/{number}",
+                    "furniture",
+                    name,
+                    meaning,
+                    wordnet,
+                    licence,
+                    entry.get("creator", catalogue),
+                    f"{catalogue}.sh3f!{entry['icon'].lstrip('/')}",
                 )
             )
     return pictures
@@ -249,16 +272,19 @@ _CLIPART_SKIP = re.compile(
     r"unsorted/duplicates|buttons|geography/[^/]*$|recreation/(art|religion))"
 )
 _TITLE_JUNK = re.compile(
-    r"\([^)]*\)|\[[^]]*\]|\b(b and w|bw|b w|black and white|outline|silhouette|clip ?art|icons?|svg|"
-    r"ganson|etiquette|stylized|remix|vector|simple|drawing|sketch|cartoon|line art|by \w+.*|nr|no|v)\b|[#&].*|\d+|[-_,.:!?]+(?=\s|$)",
+    r"\([^)]*\)|\[[^]]*\]|\b(b and w|bw|b w|black and white|outline|silhouette|clip ?art|icons?|"
+    r"svg|ganson|etiquette|stylized|remix|vector|simple|drawing|sketch|cartoon|line art|"
+    r"by \w+.*|nr|no|v)\b|[#&].*|\d+|[-_,.:!?]+(?=\s|$)",
     re.I,
 )
 _CLIPART_BAD_KINDS = frozenset({"substance", "material", "sign", "room", "way", "sport"})
 _TITLE_BAD = frozenset(
-    """art collection theme test lam set clipart work logo sign symbol icon image picture design
+    word_list(
+        """art collection theme test lam set clipart work logo sign symbol icon image picture design
     example border background pattern frame page untitled submission thing time new load
-    illustration signs homes parking question button icons symbols figures rules avatar tux whit cisco flourish
-    form celtic user rpm""".split()
+    illustration signs homes parking question button icons symbols figures rules avatar tux whit
+    cisco flourish form celtic user rpm"""
+    )
 )
 
 
@@ -286,8 +312,14 @@ def clipart(cache: Path | None = None) -> list[Picture]:
         maker = re.search(r"<dc:creator>.*?<dc:title>(.*?)</dc:title>", text, re.S)
         pictures.append(
             _picture(
-                f"clipart/{relative[:-4]}", "clipart", name, meaning, wordnet, "public domain",
-                maker[1].strip() if maker else "", relative,
+                f"clipart/{relative[:-4]}",
+                "clipart",
+                name,
+                meaning,
+                wordnet,
+                "public domain",
+                maker[1].strip() if maker else "",
+                relative,
             )
         )
     # A title many pictures share is the name of a series ("road signs", "bullet hole").
@@ -329,8 +361,17 @@ def easy_vqa(cache: Path | None = None) -> list[Picture]:
             shape = easy_truth(asked[image], EASY_SHAPES) or "shape"
             pictures.append(
                 Picture(
-                    f"easy_vqa/{folder}/{image}", "easy_vqa", shape, "easy vqa shape", "shape", "",
-                    split, "MIT", "Victor Zhou", f"{folder}/images/{image}.png", tuple(asked[image]),
+                    f"easy_vqa/{folder}/{image}",
+                    "easy_vqa",
+                    shape,
+                    "easy vqa shape",
+                    "shape",
+                    "",
+                    split,
+                    "MIT",
+                    "Victor Zhou",
+                    f"{folder}/images/{image}.png",
+                    tuple(asked[image]),
                 )
             )
     return pictures
@@ -341,7 +382,7 @@ EASY_COLOURS = ("red", "green", "blue", "yellow", "black", "gray", "teal", "brow
 
 
 def easy_truth(asked: Iterable[tuple[str, str]], options: tuple[str, ...]) -> str:
-    """Which of the options is in the picture, told from its questions and answers ("" when none tells)."""
+    """Which option is in the picture, told from its questions and answers ("" if none tells)."""
     excluded = set()
     for question, answer in asked:
         if answer in options:
@@ -349,7 +390,9 @@ def easy_truth(asked: Iterable[tuple[str, str]], options: tuple[str, ...]) -> st
         named = next((option for option in options if option in question.rstrip("?").split()), "")
         if not named:
             continue
-        if answer not in ("yes", "no") or (answer == "no") == bool(re.search(r"\b(not|no)\b", question)):
+        if answer not in ("yes", "no") or (answer == "no") == bool(
+            re.search(r"\b(not|no)\b", question)
+        ):
             return named
         excluded.add(named)
     left = set(options) - excluded
@@ -378,9 +421,14 @@ def imagenet_classes(cache: Path | None = None) -> tuple[Picture, ...]:
     for index, raw in enumerate(names):
         name = re.sub(r"\s*\([^)]*\)", "", raw).strip()
         sense = wordnet.best_sense([part.strip() for part in synonyms[str(index)].split(",")])
-        meaning = Meaning(wordnet.kind(sense), short_gloss(sense.gloss), "") if sense else Meaning("", "", "")
+        meaning = (
+            Meaning(wordnet.kind(sense), short_gloss(sense.gloss), "")
+            if sense
+            else Meaning("", "", "")
+        )
         item = _picture(f"prototypes/{index}", "prototypes", name, meaning, wordnet,
-                        "Apache-2.0 (classifier), MIT (names), WordNet (glosses)", "", "")  # fmt: skip
+                        "Apache-2.0 (classifier), MIT (names), WordNet (glosses)", "",
+                        "")  # fmt: skip
         found.append(replace(item, split="train"))
     return tuple(found)
 
@@ -405,7 +453,9 @@ def read_image(picture: Picture, cache: Path | None = None) -> Image.Image:
         path = unpack("easy-vqa", cache) / "easy_vqa" / "data" / picture.file
     elif picture.source == "furniture":
         archive, member = picture.file.split("!")
-        root = unpack("sweethome3d-furniture", cache) / "usr" / "share" / "sweethome3d" / "furniture"
+        root = (
+            unpack("sweethome3d-furniture", cache) / "usr" / "share" / "sweethome3d" / "furniture"
+        )
         with zipfile.ZipFile(root / archive) as stored:
             return Image.open(io.BytesIO(stored.read(member))).convert("RGBA")
     else:
@@ -419,7 +469,9 @@ def render_svg(path: Path, size: int = CLIPART_PIXELS) -> Image.Image:
     """An SVG as RGBA, its longer side about `size` pixels; its own transparency is kept."""
     import resvg_py
 
-    png = bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=size, dpi=96, skip_system_fonts=True))
+    png = bytes(
+        resvg_py.svg_to_bytes(svg_path=str(path), width=size, dpi=96, skip_system_fonts=True)
+    )
     with Image.open(io.BytesIO(png)) as image:
         image = image.convert("RGBA")
     image.thumbnail((size, size))
@@ -430,7 +482,8 @@ def render_svg(path: Path, size: int = CLIPART_PIXELS) -> Image.Image:
 _KIND_OF = {
     "plant": "plant", "bus": "vehicle", "mouth": "body part", "peacock": "bird", "kite": "toy",
     "cherries": "fruit", "banana": "fruit", "woman": "person", "man": "person", "male": "person",
-    "female": "person", "hammer": "tool", "tv": "device", "television": "device", "shoe": "footwear",
+    "female": "person", "hammer": "tool", "tv": "device", "television": "device",
+    "shoe": "footwear",
     "train": "vehicle", "tram": "vehicle", "toothbrush": "tool", "flower": "plant", "light": "lamp",
     "speaker": "device", "player": "device", "bottle": "container", "bowl": "container",
     "heart suit": "symbol", "party popper": "toy", "sparkler": "toy", "yarn": "thread",
@@ -444,11 +497,20 @@ def _kind(name: str, meaning: Meaning) -> str:
 
 
 def _picture(
-    id: str, source: str, name: str, meaning: Meaning, wordnet: WordNet, licence: str, creator: str, file: str
+    id: str,
+    source: str,
+    name: str,
+    meaning: Meaning,
+    wordnet: WordNet,
+    licence: str,
+    creator: str,
+    file: str,
 ) -> Picture:
     concept = concept_of(name, wordnet)
     kind = _kind(name, meaning)
-    return Picture(id, source, name, concept, kind, meaning.gloss, split_of(concept), licence, creator, file)
+    return Picture(
+        id, source, name, concept, kind, meaning.gloss, split_of(concept), licence, creator, file
+    )
 
 
 def all_pictures(cache: Path | None = None) -> Iterator[Picture]:

