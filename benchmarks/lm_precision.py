@@ -3,9 +3,9 @@
     python benchmarks/lm_precision.py SmolLM2-135M-Instruct.Q4_1.gguf [--text FILE] [--json]
 
 Quality is measured against the float32 model in torch, on windows of 512 tokens of a text (by
-default the English of some modules of Python's own library): perplexity, mean KL divergence in nats,
-and how often the likeliest next token is the same. Speed is that of this machine, with the runtime's
-own sessions and cache: the median of five runs, reading 256 tokens and writing 32 after 128.
+default the English of some modules of Python's own library): perplexity, mean KL divergence in
+nats, and how often the likeliest next token is the same. Speed is that of this machine, with the
+runtime's own sessions and cache: the median of five runs, reading 256 tokens, writing 32 after 128.
 """
 
 from __future__ import annotations

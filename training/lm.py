@@ -75,9 +75,12 @@ def load_lm(gguf_path: Path | str) -> LlamaForCausalLM:
         state[target] = torch.from_numpy(weight)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=state
+    )
     model.tie_weights()
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def load_tokenizer(gguf_path: Path | str) -> Tokenizer:
