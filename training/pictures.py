@@ -58,7 +58,8 @@ def split_of(concept: str) -> Split:
 _MODIFIERS = frozenset(
     word_list(
         """red orange yellow green blue purple pink brown black white grey gray small big large
-        little old new open opened closed full empty round rounded square double triple simple modern
+        little
+        old new open opened closed full empty round rounded square double triple simple modern
     classic oncoming front-facing baby tropical cartoon sitting lying down standing holding
     young male female wooden plastic iron glass oak hot nice cute happy sad smiling single high
     low left right spouting two-hump rectangle rectangular oval wall the a an"""
@@ -472,8 +473,8 @@ def render_svg(path: Path, size: int = CLIPART_PIXELS) -> Image.Image:
     png = bytes(
         resvg_py.svg_to_bytes(svg_path=str(path), width=size, dpi=96, skip_system_fonts=True)
     )
-    with Image.open(io.BytesIO(png)) as image:
-        image = image.convert("RGBA")
+    with Image.open(io.BytesIO(png)) as opened:
+        image = opened.convert("RGBA")
     image.thumbnail((size, size))
     return image
 

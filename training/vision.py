@@ -49,7 +49,8 @@ class _Conv(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.even else F.pad(x, self.pad))
+        out: Tensor = self.conv(x if self.even else F.pad(x, self.pad))
+        return out
 
 
 class _Block(nn.Module):
@@ -66,9 +67,9 @@ class _Block(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x if self.expand is None else F.relu6(self.expand(x))
-        h = self.project(F.relu6(self.depthwise(h)))
-        return x + h if self.residual else h
+        wide = x if self.expand is None else F.relu6(self.expand(x))
+        out: Tensor = self.project(F.relu6(self.depthwise(wide)))
+        return x + out if self.residual else out
 
 
 class VisionEncoder(nn.Module):
