@@ -1,0 +1,66 @@
+"""The bank a model ships with: the class prototypes and the training pictures, with names and glosses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tinyalign.bank import Bank, NewMemory, content_hash
+from tinyalign.training.batch import memory_ids
+from tinyalign.training.features import load_thumbnails
+from tinyalign.training.fingerprint import fingerprint_of
+from tinyalign.training.world import World, cells_of
+
+CHUNK = 256
+
+
+def build_bank(world: World, path: Path) -> None:
+    """Write the world's memories as a sealed bank file, replacing one that is there."""
+    parts = world.parts
+    assert parts.keys is not None
+    path.unlink(missing_ok=True)
+    thumbnails = load_thumbnails()
+    shape = parts.compressor.shape
+    with Bank.create(
+        path, fingerprint_of(parts), parts.keys.width, shape.latent_width, "default"
+    ) as bank:
+        for start in range(0, len(world.bank), CHUNK):
+            rows = [int(row) for row in world.bank[start : start + CHUNK]]
+            texts = world.bank_texts[start : start + CHUNK]
+            latents = latents_of(world, rows, texts)
+            memories = []
+            for offset, (row, text) in enumerate(zip(rows, texts, strict=True)):
+                record = world.records[row]
+                thumbnail = thumbnails.get(record.id)
+                memories.append(
+                    NewMemory(
+                        key=world.bank_keys[start + offset],
+                        latents=latents[offset],
+                        text=text,
+                        source=f"{record.source}, {record.licence}"
+                        + (f", {record.creator}" if record.creator else ""),
+                        metadata={"name": record.name, "kind": record.kind, "picture": record.id},
+                        thumbnail=thumbnail,
+                        content_hash=content_hash(record.id.encode(), text),
+                    )
+                )
+            bank.add(memories)
+        bank.seal()
+
+
+@torch.inference_mode()
+def latents_of(world: World, rows: list[int], texts: list[str]) -> list[np.ndarray]:
+    """Used latents of some memories, each f32 [1 + used text latents, d]."""
+    parts = world.parts
+    shape = parts.compressor.shape
+    table = parts.embeddings.float()
+    tokens = torch.zeros(len(rows), shape.max_text_tokens, shape.width)
+    used = []
+    for number, text in enumerate(texts):
+        ids = memory_ids(parts.tokenizer, text, shape.max_text_tokens)
+        tokens[number, : len(ids)] = table[list(ids)]
+        used.append(1 + -(-len(ids) // shape.tokens_per_latent))
+    latents = parts.compressor(tokens, cells_of(world, rows)).numpy()
+    return [latents[number, : used[number]] for number in range(len(rows))]

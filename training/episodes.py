@@ -1,0 +1,234 @@
+"""Episodes for alignment and fine-tuning: what is asked about a picture, with which memories at hand.
+
+Four kinds teach when to trust the bank (shares in `recipe.Mix`):
+    taught       another view of the picture is in the bank, mostly under an invented name with
+                 invented facts, so that only reading the memory can answer
+    neighbours   only memories of other pictures: name what the picture shows, not what they say
+    misleading   memories of unrelated pictures
+    none         no memory
+A fact that no memory holds is answered with "I do not know."
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+from tinyalign.runtime.prompt import similarity_word
+from tinyalign.training.batch import Episode, RetrievedMemory, Turn
+from tinyalign.training.facts import ATTRIBUTES, Fact, draw_fact, invented_name
+from tinyalign.training.features import Record
+from tinyalign.training.questions import noun_phrase, questions_of, sentence
+from tinyalign.training.recipe import Recipe
+from tinyalign.training.world import SHOWN, World
+
+UNKNOWN = "I do not know."
+NAME_QUESTIONS = (
+    "What is this?",
+    "What does the picture show?",
+    "What is it called?",
+    "What is in the picture?",
+    "Name this.",
+)
+# How often each source is asked about.
+SHARES = {
+    "emoji": 30,
+    "clipart": 20,
+    "furniture": 8,
+    "prototypes": 12,
+    "easy_vqa": 14,
+    "composites": 16,
+}
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a memory says that was taught by hand: a name, facts, and the text telling both."""
+
+    name: str
+    facts: tuple[Fact, ...]
+    text: str
+
+
+def rows_by_source(records: Sequence[Record]) -> dict[str, list[int]]:
+    """Training rows of every source."""
+    rows: dict[str, list[int]] = {source: [] for source in SHARES}
+    for row, record in enumerate(records):
+        if record.split == "train" and record.source in rows:
+            rows[record.source].append(row)
+    return {source: found for source, found in rows.items() if found}
+
+
+def draw_episode(world: World, rows: dict[str, list[int]], recipe: Recipe, rng: Random) -> Episode:
+    """Draw one episode of the recipe's mix."""
+    mix = recipe.mix
+    chance = rng.random()
+    if chance < mix.taught:
+        episode = taught_episode(world, rows, recipe, rng)
+    else:
+        row = draw_row(rows, rng)
+        turns = visual_turns(world.records[row], recipe.turns, rng)
+        if rng.random() < 0.3:
+            turns = (*turns[: recipe.turns - 1], Turn(draw_fact(rng).ask, UNKNOWN))
+        if chance < mix.taught + mix.neighbours:
+            memories = neighbours(world, row, turns[0].question, recipe)
+        elif chance < mix.taught + mix.neighbours + mix.misleading:
+            memories = misleading(world, row, recipe, rng)
+        else:
+            memories = ()
+        episode = Episode(row, memories, turns)
+    if rng.random() < mix.shuffled:
+        memories = list(episode.memories)
+        rng.shuffle(memories)
+        episode = replace(episode, memories=tuple(memories))
+    return episode
+
+
+def aligned_episode(
+    world: World, rows: dict[str, list[int]], recipe: Recipe, rng: Random
+) -> Episode:
+    """An episode of the alignment stage: visual questions with retrieved neighbours."""
+    row = draw_row(rows, rng)
+    turns = visual_turns(world.records[row], recipe.turns, rng)
+    return Episode(row, neighbours(world, row, turns[0].question, recipe), turns)
+
+
+def draw_row(
+    rows: dict[str, list[int]], rng: Random, sources: Sequence[str] = tuple(SHARES)
+) -> int:
+    """A training row, its source drawn by share."""
+    names = [source for source in sources if source in rows]
+    source = rng.choices(names, weights=[SHARES[name] for name in names])[0]
+    return rng.choice(rows[source])
+
+
+def visual_turns(record: Record, count: int, rng: Random) -> tuple[Turn, ...]:
+    """Questions of different types that the picture alone answers."""
+    by_type: dict[str, list[Turn]] = {}
+    for item in questions_of(record, rng):
+        by_type.setdefault(item.type, []).append(Turn(item.question, item.answer))
+    types = list(by_type)
+    rng.shuffle(types)
+    if "name" in types:  # naming is what people ask most
+        types.remove("name")
+        types.insert(0, "name")
+    turns = [rng.choice(by_type[kind]) for kind in types[:count]]
+    rng.shuffle(turns)
+    return tuple(turns)
+
+
+def show(world: World, place: int, score: float, text: str = "") -> RetrievedMemory | None:
+    """A memory of the bank as the prompt shows it, or None when it is under the score floor."""
+    word = similarity_word(world.parts.prompt, score)
+    if word is None:
+        return None
+    return RetrievedMemory(text or world.bank_texts[place], int(world.bank[place]), word)
+
+
+def neighbours(
+    world: World, row: int, question: str, recipe: Recipe
+) -> tuple[RetrievedMemory, ...]:
+    """The nearest memories of other pictures."""
+    found = world.retrieve(row, question, recipe.prompt.top_k)
+    shown = (show(world, place, score) for place, score in found)
+    return tuple(memory for memory in shown if memory)
+
+
+def misleading(world: World, row: int, recipe: Recipe, rng: Random) -> tuple[RetrievedMemory, ...]:
+    """Memories of unrelated pictures, with the similarity words that the real ones would have had."""
+    found = []
+    for _, score in world.retrieve(row, NAME_QUESTIONS[0], recipe.prompt.top_k):
+        place = rng.randrange(len(world.bank))
+        if world.records[world.bank[place]].id != world.records[row].id:
+            found.append(show(world, place, score))
+    return tuple(memory for memory in found if memory)
+
+
+def draw_taught(record: Record, rng: Random, attributes: Sequence[str] = ()) -> Taught:
+    """Invent what a person may tell about a picture. `attributes` names facts that must be among it."""
+    name = invented_name(rng) if rng.random() < 0.75 else record.name
+    facts = [draw_fact(rng, attribute) for attribute in ATTRIBUTES if attribute.name in attributes]
+    while len(facts) < rng.choice([0, 1, 1, 2, 2, 3]):
+        fact = draw_fact(rng)
+        if fact.attribute not in {known.attribute for known in facts}:
+            facts.append(fact)
+    rng.shuffle(facts)
+    opening = rng.choice(
+        [
+            "This is {a}.",
+            "This is {a}.",
+            "{A}.",
+            "It is {a}.",
+            "This is called {n}.",
+            "This thing is {a}.",
+            "{A} can be seen.",
+        ]
+    )
+    named = noun_phrase(name)
+    text = opening.format(a=named, A=named[:1].upper() + named[1:], n=name)
+    return Taught(name, tuple(facts), " ".join([text, *(fact.tell for fact in facts)]))
+
+
+def taught_episode(
+    world: World, rows: dict[str, list[int]], recipe: Recipe, rng: Random
+) -> Episode:
+    """Another view of the picture is in the bank with a taught text; ask for its name and facts."""
+    row = draw_row(rows, rng, SHOWN)
+    record = world.records[row]
+    others = [other for other in world.views[record.id] if other != row]
+    taught = draw_taught(record, rng)
+    turns = taught_turns(record, taught, recipe.turns, rng)
+    query = world.key(row, turns[0].question)
+    taught_score = float(query @ world.key(rng.choice(others) if others else row, taught.text))
+    ranked = [(place, score, "") for place, score in world.retrieve(row, turns[0].question, 3)]
+    if rng.random() < 0.5:  # other memories were taught too, often with the same kind of fact
+        ranked = [(place, score, rival(world, place, taught, rng)) for place, score, _ in ranked]
+    ranked.append((-1, taught_score, taught.text))
+    ranked = sorted(ranked, key=lambda entry: -entry[1])[: recipe.prompt.top_k]
+    memories: list[RetrievedMemory] = []
+    for place, score, text in ranked:
+        if place >= 0:
+            memory = show(world, place, score, text)
+        else:
+            word = similarity_word(world.parts.prompt, score)
+            memory = (
+                RetrievedMemory(text, rng.choice(others) if others else row, word) if word else None
+            )
+        if memory:
+            memories.append(memory)
+    if not any(memory.text == taught.text for memory in memories):  # not found: nothing was taught
+        missed = tuple(
+            Turn(turn.question, UNKNOWN) for turn in turns if turn.answer != UNKNOWN
+        )[:1]  # fmt: skip
+        turns = (
+            *visual_turns(record, 2, rng),
+            *(t for t in missed if t.question not in NAME_QUESTIONS),
+        )
+    return Episode(row, tuple(memories), turns)
+
+
+def rival(world: World, place: int, taught: Taught, rng: Random) -> str:
+    """A taught text for another memory, with the same kinds of facts half of the time."""
+    attributes = [fact.attribute for fact in taught.facts] if rng.random() < 0.6 else ()
+    return draw_taught(world.records[world.bank[place]], rng, attributes).text
+
+
+def taught_turns(record: Record, taught: Taught, count: int, rng: Random) -> tuple[Turn, ...]:
+    """Questions whose answers stand in the taught text, one that no memory answers, one on looks."""
+    turns = [Turn(rng.choice(NAME_QUESTIONS), sentence(taught.name))]
+    turns += [Turn(fact.ask, fact.answer) for fact in taught.facts[: count - 1]]
+    known = {fact.attribute for fact in taught.facts}
+    if rng.random() < 0.45:
+        missing = rng.choice([a for a in ATTRIBUTES if a.name not in known])
+        turns.append(Turn(rng.choice(missing.asks), UNKNOWN))
+    if rng.random() < 0.15:
+        answer = f"Yes, this is {noun_phrase(taught.name)}."
+        turns.append(Turn(f"Is this {noun_phrase(taught.name)}?", answer))
+    if rng.random() < 0.2:
+        looks = [
+            item for item in questions_of(record, rng) if item.type in ("colour", "kind", "count")
+        ]
+        turns += [Turn(item.question, item.answer) for item in looks[:1]]
+    rng.shuffle(turns)
+    return tuple(turns[: count + 1])

@@ -1,0 +1,261 @@
+"""Invented names and facts: what only a memory can know.
+
+An episode that teaches trust in the bank tells the model something no picture shows and no LM has read:
+"This is a dorvan. Its owner is Mira." Names are made of syllables, values are drawn at random, and the
+wording of the memory, of the question and of the answer are drawn apart, so the model must read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+ONSETS = "b bl br c ch cr d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl sn st t th tr v w y z zh".split()
+VOWELS = "a e i o u ai au ee oo ou".split()
+CODAS = [
+    "",
+    "",
+    "",
+    "b",
+    "ck",
+    "d",
+    "ff",
+    "g",
+    "l",
+    "lt",
+    "m",
+    "mp",
+    "n",
+    "nd",
+    "nk",
+    "p",
+    "r",
+    "rn",
+    "sh",
+    "sk",
+    "t",
+    "x",
+    "zz",
+]
+ENDINGS = ["", "", "", "", "er", "le", "o", "a", "ix", "ium", "oid", "y", "us", "in"]
+
+PEOPLE = (
+    "Mira Tom Anna Omar Lena Raj Sofia Kenji Nora Pablo Ines Lukas Amara Felix Yuki Hana Igor Clara Dario "
+    "Elif Marco Priya Jonas Zoe Samuel Tara Victor Wanda Ali Greta Hugo Iris Jack Kira Leo Maya Nils Olga "
+    "Peter Quinn Rosa Stefan Ursula Vera Will Ximena Yara Zane Bruno Carmen Diego Esther Frank Gloria"
+).split()
+TOWNS = (
+    "Oslo Lima Porto Kyoto Bergen Quito Turin Ghent Cairo Lagos Delhi Perth Malmo Basel Riga Sofia Nantes "
+    "Leeds Boston Denver Austin Seoul Osaka Hanoi Dakar Tunis Lyon Graz Bern Cork Vienna Prague Athens"
+).split()
+ROOMS = (
+    "kitchen|garage|attic|cellar|workshop|office|hall|garden shed|library|laboratory|storeroom|bedroom|"
+    "bathroom|studio|barn|archive|lobby|canteen|basement|greenhouse"
+).split("|")
+PLACES = (
+    "blue cupboard|top drawer|red box|third shelf|glass cabinet|metal locker|bottom drawer|green crate|"
+    "wooden chest|second cabinet|white bin|leather case|small tin|corner rack|left drawer|yellow basket"
+).split("|")
+MATERIALS = "wood steel brass paper glass cotton leather rubber wax clay copper stone plastic silk ceramic tin".split()
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+RULES = (
+    "keep it dry|never wash it|do not touch it|charge it every night|clean it with soap|keep it frozen|"
+    "wear gloves|oil it once a month|switch it off first|handle it with care|store it upright|"
+    "keep it away from fire|feed it twice a day|ask before using it|do not stack it|check it every week"
+).split("|")
+COMPANIES = "Nordal Vextra Brimco Halden Tolgate Umira Pelican Kestrel Ostara Quantrel Delmar Savik Lumo Ferrum Arbo".split()
+
+
+def code(rng: Random) -> str:
+    """A part number such as KX-204."""
+    letters = "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=rng.choice([1, 2, 2])))
+    return f"{letters}{rng.choice(['-', '-', ''])}{rng.randrange(10, 1000)}"
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One kind of fact: wordings of the memory, of the question and of the answer, and its values."""
+
+    name: str
+    tells: tuple[str, ...]
+    asks: tuple[str, ...]
+    answers: tuple[str, ...]
+    values: tuple[str, ...] = ()  # empty: a value is made by `make`
+    make: str = ""  # "code", "price", "number", "year", "name"
+
+    def value(self, rng: Random) -> str:
+        """Draw a value."""
+        if self.values:
+            return rng.choice(self.values)
+        makers = {
+            "code": lambda: code(rng),
+            "price": lambda: (
+                f"{rng.randrange(2, 990)} {rng.choice(['euros', 'dollars', 'pounds'])}"
+            ),
+            "number": lambda: str(rng.randrange(2, 999)),
+            "weight": lambda: f"{rng.randrange(2, 900)} {rng.choice(['grams', 'kilos', 'pounds'])}",
+            "year": lambda: str(rng.randrange(1900, 2030)),
+            "name": lambda: (
+                rng.choice(PEOPLE) if rng.random() < 0.6 else invented_name(rng).capitalize()
+            ),
+        }
+        return makers[self.make]()
+
+
+# "{v}" is the value, "{x}" the thing with its article ("the dorvan", or "it").
+ATTRIBUTES = (
+    Attribute(
+        "owner",
+        ("Its owner is {v}.", "It belongs to {v}.", "{v} owns it."),
+        ("Who owns this?", "Who is the owner?", "Whose is this?", "Who does it belong to?"),
+        ("Its owner is {v}.", "It belongs to {v}."),
+        make="name",
+    ),
+    Attribute(
+        "part number",
+        ("Its part number is {v}.", "Part number {v}.", "The part number is {v}."),
+        ("What is its part number?", "Which part number does it have?", "What is the part number?"),
+        ("Its part number is {v}.",),
+        make="code",
+    ),
+    Attribute(
+        "serial number",
+        ("Its serial number is {v}.", "Serial number {v}."),
+        ("What is its serial number?", "Tell me the serial number."),
+        ("Its serial number is {v}.",),
+        make="code",
+    ),
+    Attribute(
+        "price",
+        ("It costs {v}.", "Its price is {v}.", "Price: {v}."),
+        ("How much does it cost?", "What is the price?", "What does this cost?"),
+        ("It costs {v}.", "Its price is {v}."),
+        make="price",
+    ),
+    Attribute(
+        "room",
+        ("It is kept in the {v}.", "It lives in the {v}.", "Find it in the {v}."),
+        ("Where is it kept?", "Which room is it kept in?", "Where does it live?"),
+        ("It is kept in the {v}.",),
+        values=tuple(ROOMS),
+    ),
+    Attribute(
+        "storage",
+        ("It is stored in the {v}.", "Its place is the {v}.", "Stored in the {v}."),
+        ("Where is it stored?", "Where should I put it?", "What is its place?"),
+        ("It is stored in the {v}.",),
+        values=tuple(PLACES),
+    ),
+    Attribute(
+        "town",
+        ("It was made in {v}.", "It comes from {v}.", "Made in {v}."),
+        ("Where was it made?", "Where does it come from?", "Which town is it from?"),
+        ("It was made in {v}.", "It comes from {v}."),
+        values=tuple(TOWNS),
+    ),
+    Attribute(
+        "maker",
+        ("It was made by {v}.", "Its maker is {v}.", "{v} makes it."),
+        ("Who made it?", "Who is the maker?", "Which company makes this?"),
+        ("It was made by {v}.",),
+        values=tuple(COMPANIES),
+    ),
+    Attribute(
+        "weight",
+        ("It weighs {v}.", "Its weight is {v}."),
+        ("How heavy is it?", "What does it weigh?", "What is its weight?"),
+        ("It weighs {v}.",),
+        make="weight",
+    ),
+    Attribute(
+        "year",
+        ("It was bought in {v}.", "Bought in {v}."),
+        ("When was it bought?", "Which year was it bought in?"),
+        ("It was bought in {v}.",),
+        make="year",
+    ),
+    Attribute(
+        "material",
+        ("It is made of {v}.", "Its material is {v}."),
+        ("What is it made of?", "Which material is it made of?"),
+        ("It is made of {v}.",),
+        values=tuple(MATERIALS),
+    ),
+    Attribute(
+        "month",
+        ("It is needed in {v}.", "It is used in {v}."),
+        ("When is it needed?", "In which month is it used?"),
+        ("It is needed in {v}.",),
+        values=tuple(MONTHS),
+    ),
+    Attribute(
+        "day",
+        ("It is checked on {v}.", "Check it on {v}."),
+        ("When is it checked?", "On which day is it checked?"),
+        ("It is checked on {v}.",),
+        values=tuple(DAYS),
+    ),
+    Attribute(
+        "rule",
+        ("Rule: {v}.", "Remember: {v}.", "The rule is: {v}."),
+        ("What is the rule?", "What must I remember?", "Is there a rule for it?"),
+        ("The rule is: {v}.",),
+        values=tuple(RULES),
+    ),
+    Attribute(
+        "nickname",
+        ("Its nickname is {v}.", "We call it {v}.", "Nickname: {v}."),
+        ("What is its nickname?", "What do we call it?"),
+        ("Its nickname is {v}.",),
+        make="name",
+    ),
+    Attribute(
+        "age",
+        ("It is {v} years old.", "Its age is {v} years."),
+        ("How old is it?", "What is its age?"),
+        ("It is {v} years old.",),
+        make="number",
+    ),
+    Attribute(
+        "stock",
+        ("There are {v} in stock.", "Stock: {v}.", "We have {v} of them."),
+        ("How many are in stock?", "How many of them do we have?"),
+        ("There are {v} in stock.",),
+        make="number",
+    ),
+)
+
+
+def invented_name(rng: Random) -> str:
+    """A name no language has, one to three syllables: "dorvan", "blickle"."""
+    syllables = rng.choices([1, 2, 3], weights=[2, 6, 2])[0]
+    parts = [rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(syllables)]
+    name = "".join(parts) + rng.choice(ENDINGS)
+    return name if len(name) > 3 else name + rng.choice(["lo", "bin", "dar"])
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One drawn fact: how the memory tells it, how it is asked for, and how it is answered."""
+
+    attribute: str
+    value: str
+    tell: str
+    ask: str
+    answer: str
+
+
+def draw_fact(rng: Random, attribute: Attribute | None = None) -> Fact:
+    """Draw an attribute (unless given), a value and the three wordings."""
+    attribute = attribute or rng.choice(ATTRIBUTES)
+    value = attribute.value(rng)
+    return Fact(
+        attribute.name,
+        value,
+        rng.choice(attribute.tells).format(v=value),
+        rng.choice(attribute.asks),
+        rng.choice(attribute.answers).format(v=value),
+    )

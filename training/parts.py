@@ -1,0 +1,201 @@
+"""All parts of the model in one place: made new, saved as safetensors, and loaded again.
+
+A weights directory (the default one is `training/weights/`) holds only what was trained or fitted here:
+
+    connector.safetensors      + vocabulary_ids [Vs], class_names [classes, slots]
+    compressor.safetensors
+    rag_connector.safetensors
+    lora/                      the LM's LoRA adapter (peft's format)
+    key.npz                    the key recipe's arrays
+    recipe.json                shapes and prompt
+    bank.sqlite                the default memory bank
+
+The encoder's and the LM's own weights are other people's and are fetched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from tinyalign.bank.errors import InputError
+from tinyalign.runtime.keys import KeyArrays, load_key_arrays, save_key_arrays
+from tinyalign.runtime.manifest import PromptSpec
+from tinyalign.training.lm import load_lm, load_tokenizer
+from tinyalign.training.modules import (
+    Compressor,
+    Connector,
+    ConnectorShape,
+    MemoryShape,
+    RagConnector,
+    SoftVocabulary,
+)
+from tinyalign.training.recipe import Recipe
+from tinyalign.training.sources import lm_gguf
+from tinyalign.training.vision import VisionEncoder, load_vision
+from tinyalign.training.vocabulary import COLOURS, NUMBERS, PLACES, name_ids, soft_vocabulary
+
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass
+class Parts:
+    """The whole model on the torch side."""
+
+    vision: VisionEncoder
+    lm: LlamaForCausalLM
+    tokenizer: Tokenizer
+    connector: Connector
+    compressor: Compressor
+    rag_connector: RagConnector
+    prompt: PromptSpec
+    vocabulary_ids: Tensor  # [Vs]
+    class_names: Tensor  # [classes, name slots], indices into vocabulary_ids
+    keys: KeyArrays | None = None
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The LM's token embeddings [V, D], frozen."""
+        return self.lm.get_input_embeddings().weight
+
+    def round_to_half(self) -> None:
+        """Round what was trained through fp16, as it is saved, so that every later use sees the same."""
+        for module in (self.connector, self.compressor, self.rag_connector):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.half().float()
+        self.refresh_codes()
+
+    def refresh_codes(self) -> None:
+        """Let the RAG connector know the compressor's codes of the whole vocabulary."""
+        with torch.no_grad():
+            self.rag_connector.code_table = self.compressor.codes(self.embeddings.float())
+
+
+def new_parts(
+    recipe: Recipe, class_names: Sequence[str], names: Sequence[str], kinds: Sequence[str]
+) -> Parts:
+    """Untrained parts around the default encoder and LM.
+
+    Args:
+        recipe: shapes and prompt.
+        class_names: the classifier's classes, in order.
+        names: names of the training pictures.
+        kinds: words that tell the kind of a thing.
+    """
+    torch.manual_seed(recipe.seed)
+    tokenizer = load_tokenizer(lm_gguf())
+    words = [*COLOURS, *NUMBERS, *PLACES, *kinds]
+    vocabulary_ids = torch.tensor(soft_vocabulary(tokenizer, [*class_names, *names], words))
+    index = {int(token): i for i, token in enumerate(vocabulary_ids)}
+    slots = recipe.connector.name_slots
+    spelled = torch.tensor([[index[t] for t in name_ids(tokenizer, n, slots)] for n in class_names])
+    return build_parts(recipe.connector, recipe.memory, recipe.prompt, vocabulary_ids, spelled)
+
+
+def build_parts(
+    connector_shape: ConnectorShape,
+    memory_shape: MemoryShape,
+    prompt: PromptSpec,
+    vocabulary_ids: Tensor,
+    class_names: Tensor,
+) -> Parts:
+    """Modules of these shapes around the fetched encoder and LM."""
+    gguf = lm_gguf()
+    lm, vision = load_lm(gguf), load_vision()
+    embeddings = lm.get_input_embeddings().weight.detach()
+    vocabulary = SoftVocabulary(embeddings[vocabulary_ids], vocabulary_ids)
+    connector = Connector(
+        connector_shape, vocabulary, vision.classifier.weight, vision.classifier.bias, class_names
+    )
+    compressor = Compressor(memory_shape)
+    with torch.no_grad():
+        codes = compressor.codes(embeddings)
+    rag_connector = RagConnector(memory_shape, vocabulary, embeddings, codes)
+    return Parts(
+        vision, lm, load_tokenizer(gguf), connector, compressor, rag_connector, prompt,
+        vocabulary_ids, class_names,
+    )  # fmt: skip
+
+
+def save_parts(parts: Parts, directory: Path) -> None:
+    """Write the trained parts (not the LM's LoRA, which peft writes) as fp16 safetensors."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = {"vocabulary_ids": parts.vocabulary_ids.int(), "class_names": parts.class_names.int()}
+    save_file(half(parts.connector) | names, directory / "connector.safetensors")
+    save_file(half(parts.compressor), directory / "compressor.safetensors")
+    save_file(half(parts.rag_connector), directory / "rag_connector.safetensors")
+    if parts.keys is not None:
+        save_key_arrays(directory / "key.npz", parts.keys)
+    description = {
+        "connector": dataclasses.asdict(parts.connector.shape),
+        "memory": dataclasses.asdict(parts.compressor.shape),
+        "prompt": dataclasses.asdict(parts.prompt),
+    }
+    (directory / "recipe.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+def half(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A module's parameters in fp16."""
+    return {name: value.half().contiguous() for name, value in module.state_dict().items()}
+
+
+def load_parts(directory: Path = DEFAULT_WEIGHTS, merge_lora: bool = True) -> Parts:
+    """The trained model: fetched weights with what `directory` holds; LoRA merged into the LM.
+
+    Raises InputError when the directory is not one that `save_parts` wrote.
+    """
+    try:
+        description = json.loads((directory / "recipe.json").read_text())
+        saved = load_file(directory / "connector.safetensors")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory} holds no trained weights ({error})") from None
+    parts = build_parts(
+        ConnectorShape(**description["connector"]),
+        MemoryShape(**description["memory"]),
+        prompt_from_json(description["prompt"]),
+        saved.pop("vocabulary_ids").long(),
+        saved.pop("class_names").long(),
+    )
+    parts.connector.load_state_dict(saved)
+    parts.compressor.load_state_dict(load_file(directory / "compressor.safetensors"))
+    parts.rag_connector.load_state_dict(load_file(directory / "rag_connector.safetensors"))
+    parts.refresh_codes()
+    if (directory / "key.npz").exists():
+        parts.keys = load_key_arrays(directory / "key.npz")
+    if merge_lora and (directory / "lora").exists():
+        from peft import PeftModel
+
+        parts.lm = PeftModel.from_pretrained(parts.lm, directory / "lora").merge_and_unload()
+    for module in (parts.connector, parts.compressor, parts.rag_connector, parts.lm):
+        module.eval().requires_grad_(False)
+    return parts
+
+
+def prompt_from_json(fields: dict[str, Any]) -> PromptSpec:
+    """A PromptSpec from the object that `save_parts` wrote."""
+    fields = dict(fields)
+    fields["image"] = tuple(fields["image"])
+    fields["similarity"] = tuple((word, float(floor)) for word, floor in fields["similarity"])
+    fields["stop"] = tuple(fields["stop"])
+    return PromptSpec(**fields)
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    """Replace the files of a weights directory by those of another."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, target / path.name)

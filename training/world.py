@@ -1,0 +1,140 @@
+"""What training draws from: cached features, their keys, and the bank of training memories.
+
+The retrieval rules hold here, in one place (`World.retrieve`): a query is made from the picture and the
+question only, never from an answer; a picture retrieves neither itself nor another view of itself; and
+only training pictures are in the bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tinyalign.runtime.keys import make_key, make_keys
+from tinyalign.runtime.prompt import encode_text
+from tinyalign.training.features import Record
+from tinyalign.training.keys import calibrate, fit_key
+from tinyalign.training.parts import Parts
+from tinyalign.training.questions import sentence
+from tinyalign.training.recipe import Recipe
+
+EASY_VQA_MEMORIES = 300  # pictures of plain shapes in the bank; all 4,000 would crowd it
+
+
+@dataclass(frozen=True)
+class World:
+    """All pictures' features, and the memories of the training ones.
+
+    Attributes:
+        cells: fp16 [n, C, Dv].
+        records: n, what is known about each row.
+        views: picture id -> its rows.
+        bank: rows that are memories (one view of each training picture).
+        bank_keys: f32 [m, di + dt].
+        bank_texts: m texts.
+    """
+
+    cells: NDArray[np.float16]
+    records: Sequence[Record]
+    views: dict[str, list[int]]
+    bank: NDArray[np.int64]
+    bank_keys: NDArray[np.float32]
+    bank_texts: Sequence[str]
+    parts: Parts
+
+    def key(self, row: int, text: str) -> NDArray[np.float32]:
+        """Key [di + dt] of a row's picture with a text."""
+        assert self.parts.keys is not None
+        return make_key(self.cells[row, 0], text_mean(self.parts, text), self.parts.keys)
+
+    def retrieve(self, row: int, question: str, count: int) -> list[tuple[int, float]]:
+        """Nearest memories of a row's picture and a question, without the picture itself and its views.
+
+        Returns (place in the bank, score) pairs, nearest first.
+        """
+        scores = self.bank_keys @ self.key(row, question)
+        own = self.records[row].id
+        found: list[tuple[int, float]] = []
+        for place in np.argsort(-scores)[: count + len(self.views[own])]:
+            if self.records[self.bank[place]].id != own:
+                found.append((int(place), float(scores[place])))
+        return found[:count]
+
+
+def memory_text(record: Record) -> str:
+    """What a memory of a training picture says: name, kind and what it is."""
+    if record.source == "easy_vqa":
+        return f"This is a {record.colour} {record.name}."
+    text = sentence(record.name)[:-1]
+    if record.kind and record.kind != record.name:
+        text += f", a kind of {record.kind}"
+    return text + (f": {record.gloss}." if record.gloss else ".")
+
+
+def text_mean(parts: Parts, text: str) -> NDArray[np.float32] | None:
+    """Mean token embedding [D] of a text."""
+    ids = encode_text(parts.tokenizer, text)
+    return parts.embeddings[list(ids)].float().mean(0).numpy() if ids else None
+
+
+def make_world(
+    parts: Parts, cells: NDArray[np.float16], records: Sequence[Record], recipe: Recipe
+) -> World:
+    """Fit the key recipe (unless the parts have one), build the bank and calibrate the similarity words."""
+    views: dict[str, list[int]] = {}
+    for row, record in enumerate(records):
+        views.setdefault(record.id, []).append(row)
+    bank = bank_rows(records, views)
+    texts = [memory_text(records[row]) for row in bank]
+    means = np.stack([text_mean(parts, text) for text in texts])
+    if parts.keys is None:
+        train = [
+            i for i, r in enumerate(records) if r.split == "train" and r.source != "prototypes"
+        ]
+        parts.keys = fit_key(
+            cells[train, 0].astype(np.float32), means,
+            recipe.image_key_width, recipe.text_key_width, recipe.alpha,
+        )  # fmt: skip
+    keys = make_keys(cells[bank, 0].astype(np.float32), means, parts.keys)
+    return World(cells, records, views, np.array(bank), keys, texts, parts)
+
+
+def bank_rows(records: Sequence[Record], views: dict[str, list[int]]) -> list[int]:
+    """One row of every training picture and class prototype, the first view, in the order of the records."""
+    rows: list[int] = []
+    shapes = 0
+    for row, record in enumerate(records):
+        if record.split != "train" or record.source == "composites" or views[record.id][0] != row:
+            continue
+        if record.source == "easy_vqa":
+            shapes += 1
+            if shapes > EASY_VQA_MEMORIES:
+                continue
+        rows.append(row)
+    return rows
+
+
+def calibrated_similarity(
+    world: World, seed: int, sample: int = 800
+) -> tuple[tuple[str, float], ...]:
+    """Similarity words with floors from how near *other* pictures come."""
+    rng = Random(seed)
+    rows = [i for i, r in enumerate(world.records) if r.split == "train" and r.source in SHOWN]
+    nearest = [
+        world.retrieve(row, "What is this?", 1)[0][1]
+        for row in rng.sample(rows, min(sample, len(rows)))
+    ]
+    return calibrate(np.array(nearest, dtype=np.float32))
+
+
+SHOWN = ("emoji", "clipart", "furniture")  # sources of single things to name
+
+
+def cells_of(world: World, rows: Sequence[int]) -> torch.Tensor:
+    """Features f32 [len(rows), C, Dv]."""
+    return torch.from_numpy(np.asarray(world.cells[list(rows)], dtype=np.float32))
