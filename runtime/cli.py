@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -129,13 +130,10 @@ def answer(arguments: argparse.Namespace) -> None:
     where = dict(_pair(text) for text in arguments.where or ())
     picture = _standard_input() if arguments.image == "-" else arguments.image
 
-    import warnings
-
-    from PIL import Image
-
     from tinyalign.runtime.model import TinyAlign
 
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error says it already
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # decoders warn about what an error line says better
     banks = [] if arguments.no_memory else arguments.bank
     with TinyAlign.load(arguments.model, arguments.threads, banks) as model:
         stream = model.stream(

@@ -73,7 +73,10 @@ def preprocess(picture: Image.Image, spec: ImageSpec) -> NDArray[np.float32]:
 
 def resize(picture: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
     """The whole RGB picture squashed to u8 [S, S, 3]."""
-    return np.asarray(picture.resize((spec.size, spec.size), _RESAMPLE[spec.resample]))
+    # First across, then down: in one call, versions of Pillow differ in the order and so in pixels.
+    resample = _RESAMPLE[spec.resample]
+    across = picture.resize((spec.size, picture.height), resample)
+    return np.asarray(across.resize((spec.size, spec.size), resample))
 
 
 def normalise(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
