@@ -1,0 +1,273 @@
+"""The small parts as ONNX graphs: vision encoder, connector, compressor and RAG connector.
+
+torch's exporter (the torch.export one) writes each graph with a free first axis. What it leaves is
+then changed in three ways, all on the graph itself: notes about the source code are dropped, the
+RAG connector's token embeddings become a reference to embeddings.bin, and the weights are quantized
+if asked for: constant factors of matrix products to blocks of 8 or 4 bits, convolutions to 8 bits a
+channel. Products over fewer numbers than a block has stay exact; among them is the search for the
+token that a share of a latent stands for, which must not slip to its neighbour.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from tinyalign.export.graph import MICROSOFT, MICROSOFT_OPSET, Precision
+from tinyalign.export.lm import EMBEDDINGS_NAME
+from tinyalign.export.quantize import BLOCK, Bits, quantize
+
+OPSET = 20
+SMALLEST = 4096
+"""Weights with fewer numbers than this stay float32: nothing to gain."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names of a component's inputs and outputs; the first axis of each is `axis`, any number."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    axis: str = "B"
+
+
+SIGNATURES = {
+    "vision": Signature(("pixels",), ("cells",)),
+    "connector": Signature(("cells",), ("image_tokens", "token_ids")),
+    "compressor": Signature(("token_embeddings", "cells"), ("latents",)),
+    "rag_connector": Signature(("latents",), ("memory_tokens", "keep"), axis="K"),
+}
+
+
+class Whole(nn.Module):
+    """A module as the child of another: the exporter trips over some names at the top ("code")."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *inputs: Tensor) -> object:
+        """As the part."""
+        return self.part(*inputs)
+
+
+def export_component(
+    name: str, module: nn.Module, path: Path, example: tuple[Tensor, ...], precision: Precision
+) -> None:
+    """Write one component's graph.
+
+    Args:
+        name: one of `SIGNATURES`.
+        module: the part in eval mode. A buffer `embeddings` [V, D] of the RAG connector becomes a
+            reference to embeddings.bin, which must lie beside `path`.
+        path: the graph's file.
+        example: inputs of a batch of 2, for the exporter to follow.
+        precision: of the weights.
+    """
+    module = with_plain_buffers(module)
+    if name == "rag_connector":
+        table = module.get_buffer("embeddings")  # [V, D]
+        module.register_buffer("embeddings", table.half())
+        model = trace(Whole(module), example, SIGNATURES[name])
+        refer_to_embeddings(model, tuple(table.shape))
+    else:
+        model = trace(Whole(module), example, SIGNATURES[name])
+    if precision != "fp32":
+        quantize_products(model, 8 if precision == "int8" else 4)
+        quantize_convolutions(model)
+    drop_unused(model)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path))
+
+
+def with_plain_buffers(module: nn.Module) -> nn.Module:
+    """A copy whose buffers are not another module's parameters, which the exporter cannot take."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        for name, value in list(part.named_buffers(recurse=False)):
+            part.register_buffer(name, value.detach())
+    return module
+
+
+def trace(module: nn.Module, example: tuple[Tensor, ...], signature: Signature) -> onnx.ModelProto:
+    """A module's graph as torch's exporter gives it, with our names and without its notes."""
+    axis = torch.export.Dim(signature.axis, min=1, max=1 << 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision need not be there
+        program = torch.onnx.export(
+            module.eval(),
+            example,
+            input_names=list(signature.inputs),
+            output_names=list(signature.outputs),
+            dynamic_shapes=(tuple({0: axis} for _ in example),),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    bare = onnx.ModelProto(ir_version=10, producer_name="tinyalign")
+    bare.opset_import.append(helper.make_opsetid("", OPSET))
+    graph = bare.graph
+    graph.name = "_".join(signature.outputs)
+    graph.initializer.extend(model.graph.initializer)
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+        graph.node.append(node)
+    for values, target in ((model.graph.input, graph.input), (model.graph.output, graph.output)):
+        for value in values:
+            value.ClearField("metadata_props")
+            value.type.tensor_type.shape.dim[0].dim_param = signature.axis
+            target.append(value)
+    return bare
+
+
+def refer_to_embeddings(model: onnx.ModelProto, shape: tuple[int, ...]) -> None:
+    """Replace the float16 table of that shape by a reference to embeddings.bin."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16 and tuple(tensor.dims) == tuple(shape):
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            length = 2 * int(np.prod(shape))
+            for key, value in (("location", EMBEDDINGS_NAME), ("offset", 0), ("length", length)):
+                tensor.external_data.add(key=key, value=str(value))
+            return
+    raise ValueError("the graph holds no float16 table of token embeddings")
+
+
+def quantize_products(model: onnx.ModelProto, bits: Bits) -> None:
+    """Turn every matrix product with a large constant factor into a MatMulNBits."""
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    turned = {n.output[0]: n.input[0] for n in graph.node if is_plain_transpose(n, weights)}
+    nodes, done = [], 0
+    for node in graph.node:
+        weight = product_weight(node, weights, turned)  # [N, K]
+        if weight is None or weight.size < SMALLEST or weight.shape[1] < BLOCK:
+            nodes.append(node)
+            continue
+        nodes.append(quantized_product(graph, node, weight, bits))
+        done += 1
+    del graph.node[:]
+    graph.node.extend(nodes)
+    if done:
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, MICROSOFT_OPSET))
+
+
+def is_plain_transpose(node: onnx.NodeProto, weights: dict[str, onnx.TensorProto]) -> bool:
+    """Whether a node swaps the two axes of a constant."""
+    return (
+        node.op_type == "Transpose"
+        and node.input[0] in weights
+        and attributes(node).get("perm") == [1, 0]
+    )
+
+
+def product_weight(
+    node: onnx.NodeProto, weights: dict[str, onnx.TensorProto], turned: dict[str, str]
+) -> NDArray[np.float32] | None:
+    """The constant factor of a MatMul or plain Gemm as [N, K] (from K to N numbers), or None."""
+    if node.op_type not in ("MatMul", "Gemm"):
+        return None
+    options, name = attributes(node), node.input[1]
+    if node.op_type == "Gemm" and (
+        options.get("transA", 0) or options.get("alpha", 1.0) != 1 or options.get("beta", 1.0) != 1
+    ):
+        return None
+    already = bool(options.get("transB", 0)) != (name in turned)  # stored as [N, K]
+    tensor = weights.get(turned.get(name, name))
+    if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2:
+        return None
+    array: NDArray[np.float32] = numpy_helper.to_array(tensor)
+    return array if already else np.ascontiguousarray(array.T)
+
+
+def quantized_product(
+    graph: onnx.GraphProto, node: onnx.NodeProto, weight: NDArray[np.float32], bits: Bits
+) -> onnx.NodeProto:
+    """The MatMulNBits for a product; adds its constants to the graph."""
+    name = node.output[0]
+    blocks = quantize(weight, bits)
+    constants: dict[str, NDArray[Any]] = {"weight": blocks.packed, "scales": blocks.scales}
+    if blocks.zero_points is not None:
+        constants["zeros"] = blocks.zero_points
+    for part, values in constants.items():
+        graph.initializer.append(numpy_helper.from_array(values, f"{name}.{part}"))
+    inputs = [node.input[0], *(f"{name}.{part}" for part in constants)]
+    if len(node.input) > 2:  # a Gemm's bias is the sixth input
+        inputs += [""] * (5 - len(inputs)) + [node.input[2]]
+    return helper.make_node(
+        "MatMulNBits",
+        inputs,
+        [name],
+        name=f"{name}.product",
+        domain=MICROSOFT,
+        N=blocks.rows,
+        K=blocks.columns,
+        bits=bits,
+        block_size=BLOCK,
+        accuracy_level=4,
+    )
+
+
+def quantize_convolutions(model: onnx.ModelProto) -> None:
+    """Keep convolution weights as int8 with a scale for every output channel.
+
+    onnxruntime turns them back into float32 when it loads the graph, so this saves space in the
+    file and no time; activations stay float32 and need no calibration.
+    """
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    added = []
+    for node in graph.node:
+        if node.op_type != "Conv" or node.input[1] not in weights:
+            continue
+        name = node.input[1]
+        weight = numpy_helper.to_array(weights[name])  # [out, in / groups, kh, kw]
+        if weight.size < SMALLEST:
+            continue
+        flat = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
+        scales = np.where(flat == 0, 1, flat / 127).astype(np.float32)
+        codes = np.rint(weight / scales[:, None, None, None]).astype(np.int8)
+        for part, values in (("codes", codes), ("scales", scales)):
+            graph.initializer.append(numpy_helper.from_array(values, f"{name}.{part}"))
+        parts = [f"{name}.codes", f"{name}.scales"]
+        added.append(helper.make_node("DequantizeLinear", parts, [f"{name}.restored"], axis=0))
+        node.input[1] = f"{name}.restored"
+    nodes = [*added, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def drop_unused(model: onnx.ModelProto) -> None:
+    """Remove nodes and constants whose result nobody reads."""
+    graph = model.graph
+    wanted = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(graph.node):  # nodes stand in the order in which they can run
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    constants = [tensor for tensor in graph.initializer if tensor.name in wanted]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(reversed(kept))
+    graph.initializer.extend(constants)
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, object]:
+    """A node's attributes as Python values."""
+    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
