@@ -1,4 +1,4 @@
-"""The graph of each small part computes what its torch module computes, for one to three pictures."""
+"""The graph of each small part computes what its torch module computes, for any number of rows."""
 
 from __future__ import annotations
 
