@@ -1,0 +1,119 @@
+"""The whole model in torch, step by step as the runtime does it: the reference for every export.
+
+    cells = look(parts, picture)
+    hits = recall(parts, banks, cells, question)
+    rows = prompt_rows(parts, cells, question, hits)
+    ids = continue_greedily(parts.lm, rows, stop_ids(parts), limit)
+
+Pictures, prompts, keys and bank search are the runtime's own functions; only networks are torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from tinyalign.bank import Bank, Hit, search_banks
+from tinyalign.runtime.images import Picture, load_picture, preprocess
+from tinyalign.runtime.keys import make_key, mean_embedding
+from tinyalign.runtime.manifest import ImageSpec
+from tinyalign.runtime.prompt import build_prompt, embed, encode_question, similarity_word
+from tinyalign.training.parts import Parts
+
+
+@dataclass(frozen=True)
+class TorchAnswer:
+    """An answer of the torch model and what it was made from."""
+
+    text: str
+    ids: tuple[int, ...]  # without the stop token
+    hits: tuple[Hit, ...]
+    rows: Tensor  # [1, N, D], the prompt
+
+
+@torch.inference_mode()
+def answer(
+    parts: Parts, banks: Sequence[Bank], picture: Picture, question: str, limit: int = 128
+) -> TorchAnswer:
+    """Answer greedily with at most `limit` tokens; no banks means no memories."""
+    cells = look(parts, picture)
+    hits = recall(parts, banks, cells, question)
+    rows = prompt_rows(parts, cells, question, hits)
+    ids = continue_greedily(parts.lm, rows, stop_ids(parts), limit)
+    return TorchAnswer(parts.tokenizer.decode(ids), tuple(ids), tuple(hits), rows)
+
+
+@torch.inference_mode()
+def look(parts: Parts, picture: Picture) -> Tensor:
+    """The picture's features [1, C, Dv]."""
+    spec = ImageSpec()
+    pixels = preprocess(load_picture(picture, spec.background), spec)  # [3, S, S]
+    cells: Tensor = parts.vision(torch.from_numpy(pixels)[None])
+    return cells
+
+
+def recall(parts: Parts, banks: Sequence[Bank], cells: Tensor, question: str) -> list[Hit]:
+    """The memories nearest to a picture [1, C, Dv] and a question, as many as the prompt takes."""
+    if not banks:
+        return []
+    assert parts.keys is not None
+    table = parts.embeddings.detach().numpy()
+    text = mean_embedding(encode_question(parts.tokenizer, question), table)
+    key = make_key(cells[0, 0].numpy(), text, parts.keys)
+    hits = search_banks(banks, key, parts.prompt.top_k, None)
+    return [hit for hit in hits if similarity_word(parts.prompt, hit.score) is not None]
+
+
+@torch.inference_mode()
+def prompt_rows(parts: Parts, cells: Tensor, question: str, hits: Sequence[Hit]) -> Tensor:
+    """The language model's input [1, N, D] for a picture [1, C, Dv], a question and memories."""
+    words = [similarity_word(parts.prompt, hit.score) or "" for hit in hits]
+    segments = build_prompt(parts.prompt, parts.tokenizer, question, words)
+    image = parts.connector(cells)[0][0]  # [T, D]
+    memories = [tokens.numpy() for tokens in memory_tokens(parts, hits)]
+    rows = embed(segments, parts.embeddings.detach().numpy(), image.numpy(), memories)
+    return torch.from_numpy(rows)[None]
+
+
+def memory_tokens(parts: Parts, hits: Sequence[Hit]) -> list[Tensor]:
+    """The tokens [m, D] that each memory becomes."""
+    if not hits:
+        return []
+    tokens, keep = parts.rag_connector(padded_latents(parts, hits))
+    return [rows[kept] for rows, kept in zip(tokens, keep, strict=True)]
+
+
+def padded_latents(parts: Parts, hits: Sequence[Hit]) -> Tensor:
+    """Latents [K, L, d] of memories, zero where a memory has fewer."""
+    shape = parts.compressor.shape
+    latents = np.zeros((len(hits), shape.latents, shape.latent_width), np.float32)
+    for row, hit in zip(latents, hits, strict=True):
+        row[: len(hit.latents)] = hit.latents
+    return torch.from_numpy(latents)
+
+
+@torch.inference_mode()
+def continue_greedily(
+    lm: LlamaForCausalLM, rows: Tensor, stop: frozenset[int], limit: int
+) -> list[int]:
+    """Likeliest tokens after rows [1, N, D], up to a stop token (left out) or `limit` tokens."""
+    table = lm.get_input_embeddings().weight
+    ids: list[int] = []
+    output = lm(inputs_embeds=rows, use_cache=True, logits_to_keep=1)
+    while (token := int(output.logits[0, -1].argmax())) not in stop:
+        ids.append(token)
+        if len(ids) == limit:
+            break
+        step = table[token][None, None]  # [1, 1, D]
+        output = lm(inputs_embeds=step, past_key_values=output.past_key_values, use_cache=True)
+    return ids
+
+
+def stop_ids(parts: Parts) -> frozenset[int]:
+    """Ids of the tokens that end an answer."""
+    return frozenset(parts.tokenizer.token_to_id(word) for word in parts.prompt.stop)
