@@ -72,7 +72,7 @@ class Batch:
 
 def memory_ids(tokenizer: Tokenizer, text: str, longest: int) -> tuple[int, ...]:
     """Token ids of a memory's text, cut to the compressor's length."""
-    return encode_text(tokenizer, " " + text.strip())[:longest]
+    return encode_text(tokenizer, text.strip())[:longest]
 
 
 def make_batch(

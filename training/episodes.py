@@ -145,9 +145,20 @@ def misleading(world: World, row: int, recipe: Recipe, rng: Random) -> tuple[Ret
     return tuple(memory for memory in found if memory)
 
 
-def draw_taught(record: Record, rng: Random, attributes: Sequence[str] = ()) -> Taught:
-    """Invent what a person may tell about a picture. `attributes` names facts that must be among it."""
-    name = invented_name(rng) if rng.random() < 0.75 else record.name
+def draw_taught(
+    world: World, record: Record, rng: Random, attributes: Sequence[str] = ()
+) -> Taught:
+    """Invent what a person may tell about a picture. `attributes` names facts that must be among it.
+
+    Sometimes the name is the picture's own or another thing's: a memory is right also where it says
+    what the picture does not look like.
+    """
+    chance = rng.random()
+    name = invented_name(rng)
+    if chance < 0.15:
+        name = record.name
+    elif chance < 0.35:
+        name = world.records[rng.choice(world.bank)].name
     facts = [draw_fact(rng, attribute) for attribute in ATTRIBUTES if attribute.name in attributes]
     while len(facts) < rng.choice([0, 1, 1, 2, 2, 3]):
         fact = draw_fact(rng)
@@ -177,7 +188,7 @@ def taught_episode(
     row = draw_row(rows, rng, SHOWN)
     record = world.records[row]
     others = [other for other in world.views[record.id] if other != row]
-    taught = draw_taught(record, rng)
+    taught = draw_taught(world, record, rng)
     turns = taught_turns(record, taught, recipe.turns, rng)
     query = world.key(row, turns[0].question)
     taught_score = float(query @ world.key(rng.choice(others) if others else row, taught.text))
@@ -211,7 +222,7 @@ def taught_episode(
 def rival(world: World, place: int, taught: Taught, rng: Random) -> str:
     """A taught text for another memory, with the same kinds of facts half of the time."""
     attributes = [fact.attribute for fact in taught.facts] if rng.random() < 0.6 else ()
-    return draw_taught(world.records[world.bank[place]], rng, attributes).text
+    return draw_taught(world, world.records[world.bank[place]], rng, attributes).text
 
 
 def taught_turns(record: Record, taught: Taught, count: int, rng: Random) -> tuple[Turn, ...]:

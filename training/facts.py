@@ -228,6 +228,45 @@ ATTRIBUTES = (
     ),
 )
 
+# Kinds of fact that training never sees: what is measured on them is reading, not recognising.
+UNSEEN_ATTRIBUTES = (
+    Attribute(
+        "guardian",
+        ("Its guardian is {v}.", "{v} looks after it."),
+        ("Who is its guardian?", "Who looks after it?"),
+        ("Its guardian is {v}.",),
+        make="name",
+    ),
+    Attribute(
+        "voltage",
+        ("It runs on {v} volts.", "Its voltage is {v} volts."),
+        ("What is its voltage?", "How many volts does it run on?"),
+        ("It runs on {v} volts.",),
+        make="number",
+    ),
+    Attribute(
+        "supplier",
+        ("It is ordered from {v}.", "Its supplier is {v}."),
+        ("Who is the supplier?", "Where do we order it?"),
+        ("Its supplier is {v}.",),
+        values=tuple(COMPANIES),
+    ),
+    Attribute(
+        "licence plate",
+        ("Its licence plate is {v}.", "Its plate reads {v}."),
+        ("What is its licence plate?", "What does its plate read?"),
+        ("Its licence plate is {v}.",),
+        make="code",
+    ),
+    Attribute(
+        "shipping",
+        ("It will be shipped to {v}.", "It goes to {v} next."),
+        ("Where will it be shipped?", "Where does it go next?"),
+        ("It will be shipped to {v}.",),
+        values=tuple(TOWNS),
+    ),
+)
+
 
 def invented_name(rng: Random) -> str:
     """A name no language has, one to three syllables: "dorvan", "blickle"."""

@@ -43,13 +43,9 @@ def calibrate(neighbours: Array) -> tuple[tuple[str, float], ...]:
     Args:
         neighbours: [n] score of the best memory that shows *another* picture.
     """
-    close, similar = np.quantile(neighbours, [0.5, 0.1])
-    same = np.quantile(neighbours, 0.93)
-    return (
-        ("same", round(float(same), 3)),
-        ("close", round(float(close), 3)),
-        ("similar", round(float(similar), 3)),
-    )
+    words = {"same": 0.97, "near": 0.85, "similar": 0.5, "distant": 0.1}
+    floors = np.quantile(neighbours, list(words.values()))
+    return tuple((word, round(float(floor), 3)) for word, floor in zip(words, floors, strict=True))
 
 
 def keys_of(pooled: Array, texts: Array | None, arrays: KeyArrays) -> NDArray[np.float16]:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 COSINE_SCALE = 30.0  # sharpness of the soft vocabulary: softmax(30 * cosine)
+CLASS_TRUST = 2.0  # weight of the encoder's own classes among the name slots
+DROPOUT = 0.2  # in the connector, while it trains
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Connector(nn.Module):
 
     A two-layer MLP over the global cell and the 3 x 3 cells gives one vector per slot. The name slots
     also get a residual: the encoder's own class probabilities mixed with the class names' token
-    embeddings, so a confident photograph is named from the first step.
+    embeddings, so a confident photograph is named from the first step. The MLP's say in a name shrinks
+    as the encoder's confidence grows: it has only seen renders and drawings, and photographs fool it.
 
     Args:
         shape: sizes.
@@ -90,26 +93,26 @@ class Connector(nn.Module):
         joined = shape.vision_width + (shape.cells - 1) * shape.cell_width
         self.hidden = nn.Linear(joined, shape.hidden)
         self.slots = nn.Linear(shape.hidden, shape.tokens * shape.width)
-        self.trust = nn.Parameter(torch.ones(shape.name_slots))  # weight of the class-name residual
 
     def slot_vectors(self, cells: Tensor) -> Tensor:
         """cells [B, C, Dv] -> one vector per slot [B, T, D], before the soft vocabulary."""
         shape = self.shape
         pooled = cells[:, 0]  # [B, Dv]
         grid = self.cell(self.norm(cells[:, 1:])).flatten(1)  # [B, (C-1) * cell_width]
-        joined = torch.cat([self.norm(pooled), grid], dim=-1)
-        slots = self.slots(F.gelu(self.hidden(joined)))
-        slots = slots.unflatten(-1, (shape.tokens, shape.width))  # [B, T, D]
-        return torch.cat(
-            [slots[:, : shape.name_slots] + self.named(pooled), slots[:, shape.name_slots :]], 1
-        )
+        joined = F.dropout(torch.cat([self.norm(pooled), grid], dim=-1), DROPOUT, self.training)
+        hidden = F.dropout(F.gelu(self.hidden(joined)), DROPOUT, self.training)
+        slots = self.slots(hidden).unflatten(-1, (shape.tokens, shape.width))  # [B, T, D]
+        names, attributes = slots[:, : shape.name_slots], slots[:, shape.name_slots :]
+        residual, confidence = self.named(pooled)
+        names = (1 - confidence) * F.normalize(names, dim=-1) + CLASS_TRUST * residual
+        return torch.cat([names, attributes], dim=1)
 
-    def named(self, pooled: Tensor) -> Tensor:
-        """pooled [B, Dv] -> residual of the name slots [B, name_slots, D]."""
+    def named(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """pooled [B, Dv] -> mixed class names [B, name_slots, D], the best class's odds [B, 1, 1]."""
         odds = (pooled @ self.classifier.T + self.classifier_bias).softmax(dim=-1)  # [B, classes]
         names = self.vocabulary.unit[self.class_names]  # [classes, name_slots, D]
         residual = (odds @ names.flatten(1)).unflatten(-1, names.shape[1:])
-        return residual * self.trust[:, None]
+        return residual, odds.amax(dim=-1)[:, None, None]
 
     def forward(self, cells: Tensor) -> tuple[Tensor, Tensor]:
         """cells [B, C, Dv] -> image tokens [B, T, D], ids of the words they read as [B, T]."""

@@ -70,9 +70,9 @@ class Recipe:
     lora_alpha: int = 32
     turns: int = 3  # questions an episode asks; they share the picture and the memories
     codes: Stage = Stage(150, 256, {"compressor": 3e-3})
-    slots: Stage = Stage(900, 128, {"connector": 1.5e-3, "memory_picture": 1.5e-3})
-    reconstruct: Stage = Stage(30, 16, {"rag_connector": 1e-4})
-    align: Stage = Stage(80, 8, {"connector": 1e-4, "rag_connector": 2e-4})
+    slots: Stage = Stage(700, 128, {"connector": 1.5e-3, "memory_picture": 1.5e-3})
+    reconstruct: Stage = Stage(20, 16, {"rag_connector": 1e-4})
+    align: Stage = Stage(50, 8, {"connector": 1e-4, "rag_connector": 2e-4})
     finetune: Stage = Stage(
         500, 8, {"lora": 8e-4, "connector": 5e-5, "rag_connector": 1e-4}, warmup=20
     )

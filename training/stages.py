@@ -195,8 +195,9 @@ def train_slots(run: Run) -> None:
             for source in rng.choices(sources, slot_shares(sources), k=stage.batch)
         ]
         cells = cells_of(world, picked)
-        cells = cells * (1 + 0.1 * torch.randn_like(cells))
-        cells = F.dropout(cells, 0.1)
+        cells = cells * (1 + 0.2 * torch.randn_like(cells))
+        other = cells.roll(1, 0)  # a share of another picture's layout, as if it stood behind
+        cells = (cells + 0.3 * torch.rand(len(cells), 1, 1) * (other - other.mean(0))).clamp(min=0)
         wanted = targets[picked]  # [B, T]
         vectors = parts.connector.slot_vectors(cells)
         logits = parts.connector.vocabulary.logits(vectors)
