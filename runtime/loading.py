@@ -53,7 +53,7 @@ def load_parts(directory: Path, threads: int) -> Parts:
     verify_files(directory, manifest, threads)
     with ThreadPoolExecutor(max(2, threads)) as pool:
         # the language model takes longest, so it starts first
-        lm = pool.submit(open_session, directory / "lm.onnx", threads)
+        lm = pool.submit(open_session, directory / "lm.onnx", threads, spin=True)
         vision = pool.submit(open_session, directory / "vision.onnx", threads)
         tokenizer = pool.submit(_open_tokenizer, directory / "tokenizer.json")
         connector = pool.submit(open_session, directory / "connector.onnx", threads)
@@ -75,15 +75,21 @@ def load_parts(directory: Path, threads: int) -> Parts:
         )
 
 
-def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """A CPU session; raises ModelError if the graph cannot be loaded."""
+def open_session(path: Path, threads: int, spin: bool = False) -> ort.InferenceSession:
+    """A CPU session; raises ModelError if the graph cannot be loaded.
+
+    ``spin`` lets idle worker threads wait awake for the next piece of work. The hundreds of small
+    operators of one decoding step are 1.3 times faster with it (7.7 against 10.3 ms on two idle
+    cores). But it keeps the cores from other sessions and processes, so it is for the LM only, and
+    ends a millisecond after the last piece (by default, onnxruntime spins on much longer).
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # a pattern for every prompt length would be kept for ever
     options.log_severity_level = 4  # errors come as exceptions
-    # Workers may spin while a run lasts, and stop when it ends: other sessions need the cores then.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding raises a dozen unrelated types
