@@ -18,9 +18,9 @@ FILLER = " a"  # stands in name slots that a short name leaves free
 
 def name_ids(tokenizer: Tokenizer, name: str, slots: int) -> list[int]:
     """Token ids of a name over `slots` slots: right-aligned, its last tokens if it is longer."""
-    ids = tokenizer.encode(" " + name, add_special_tokens=False).ids[-slots:]
+    ids = tokenizer.encode(" " + name, add_special_tokens=False).ids
     filler = tokenizer.encode(FILLER, add_special_tokens=False).ids
-    return filler * (slots - len(ids)) + ids
+    return (filler * slots + ids)[-slots:]
 
 
 def word_id(tokenizer: Tokenizer, word: str) -> int:
