@@ -1,10 +1,136 @@
-"""Writes a model directory: all files into a directory beside the target, then one rename."""
+"""What is in a model directory, and writing it."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
 from transformers import LlamaConfig
 
-from tinyalign.runtime.manifest import LmSpec
+from tinyalign.bank import Bank
+from tinyalign.export.components import export_component
+from tinyalign.export.graph import Precision
+from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, write_embeddings
+from tinyalign.runtime.errors import InputError
+from tinyalign.runtime.files import file_entry
+from tinyalign.runtime.keys import save_key_arrays
+from tinyalign.runtime.manifest import (
+    MANIFEST_NAME,
+    CompressorSpec,
+    ConnectorSpec,
+    ImageSpec,
+    Licence,
+    LmSpec,
+    Manifest,
+    RagConnectorSpec,
+    VisionSpec,
+)
+from tinyalign.training.fingerprint import fingerprint_of
+from tinyalign.training.parts import Parts
+from tinyalign.training.sources import PACKAGES
+
+BANK_NAME = "bank.sqlite"
+FILES = (
+    "vision.onnx",
+    "connector.onnx",
+    "compressor.onnx",
+    "rag_connector.onnx",
+    "lm.onnx",
+    "lm.onnx.data",
+    EMBEDDINGS_NAME,
+    "key.npz",
+    "tokenizer.json",
+    BANK_NAME,
+)
+"""What a model directory holds beside its manifest."""
+CONTEXT = 2048
+"""Tokens of prompt and answer that an exported language model can hold."""
+CHECKING_ONLY = ("foolbox",)
+"""Packages of the list from which nothing enters the model."""
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """The precision of each component's weights."""
+
+    lm: Precision = "int8"
+    vision: Precision = "fp32"
+    connector: Precision = "fp32"
+    compressor: Precision = "fp32"
+    rag_connector: Precision = "fp32"
+
+
+def write_components(
+    parts: Parts, directory: Path, precisions: Precisions, progress: Callable[[str], None]
+) -> None:
+    """Write all graphs and tables of the model, without bank and manifest, into a directory."""
+    if parts.keys is None:
+        raise InputError("the weights hold no key recipe (key.npz): nothing can be retrieved")
+    write_embeddings(parts.lm, directory / EMBEDDINGS_NAME)
+    save_key_arrays(directory / "key.npz", parts.keys)
+    parts.tokenizer.save(str(directory / "tokenizer.json"))
+    for name, example in examples(parts).items():
+        precision: Precision = getattr(precisions, name)
+        progress(f"{name} ({precision})")
+        export_component(name, getattr(parts, name), directory / f"{name}.onnx", example, precision)
+    progress(f"lm ({precisions.lm})")
+    export_lm(parts.lm, directory / "lm.onnx", precisions.lm, CONTEXT)
+
+
+def examples(parts: Parts) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Inputs of two rows for each component but the language model."""
+    size, memory = ImageSpec().size, parts.compressor.shape
+    cells = torch.ones(2, parts.connector.shape.cells, memory.vision_width)
+    return {
+        "vision": (torch.ones(2, 3, size, size),),
+        "connector": (cells,),
+        "compressor": (torch.ones(2, memory.max_text_tokens, memory.width), cells),
+        "rag_connector": (torch.ones(2, memory.latents, memory.latent_width),),
+    }
+
+
+def write_bank(parts: Parts, source: Path, target: Path) -> None:
+    """Copy the default bank, or make an empty one where there is none.
+
+    Raises InputError when the bank was made with other weights.
+    """
+    fingerprint = fingerprint_of(parts)
+    if source.exists():
+        with Bank.open(source, fingerprint, read_only=True):
+            shutil.copyfile(source, target)
+        return
+    assert parts.keys is not None
+    width = parts.compressor.shape.latent_width
+    with Bank.create(target, fingerprint, parts.keys.width, width, "default") as bank:
+        bank.seal()
+
+
+def write_manifest(
+    parts: Parts, directory: Path, precisions: Precisions, quality: dict[str, Any]
+) -> Manifest:
+    """Write the manifest over the files as they are now."""
+    memory = parts.compressor.shape
+    manifest = Manifest(
+        name="default",
+        fingerprint=fingerprint_of(parts),
+        licences=licences(),
+        image=ImageSpec(),
+        vision=VisionSpec(parts.connector.shape.cells, memory.vision_width),
+        connector=ConnectorSpec(parts.connector.shape.tokens),
+        compressor=CompressorSpec(memory.max_text_tokens, memory.latents, memory.latent_width),
+        rag_connector=RagConnectorSpec(memory.memory_tokens),
+        lm=lm_spec(parts.lm.config, CONTEXT),
+        precisions=asdict(precisions),
+        prompt=parts.prompt,
+        files=tuple(file_entry(directory, name) for name in FILES),
+        quality=quality,
+    )
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
 
 
 def lm_spec(config: LlamaConfig, context: int) -> LmSpec:
@@ -17,3 +143,16 @@ def lm_spec(config: LlamaConfig, context: int) -> LmSpec:
         head_dim=config.head_dim,
         context=context,
     )
+
+
+def licences() -> tuple[Licence, ...]:
+    """Licences of all that the model was made from."""
+    own = Licence("connector, compressor, RAG connector, LoRA", "Apache-2.0", "tinyalign")
+    others = (
+        Licence(
+            package.purpose, package.licence, f"{package.client} {package.name} {package.version}"
+        )
+        for package in PACKAGES
+        if package.name not in CHECKING_ONLY
+    )
+    return own, *others
