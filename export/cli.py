@@ -37,7 +37,7 @@ stderr says why); 130 interrupted with Ctrl-C. Only 0 changes what is at --out."
 
 COMPONENTS = {
     "lm": ("int8", "int4 halves the size once more but answers noticeably worse"),
-    "vision": ("fp32", "int8 makes the file small, not the model fast"),
+    "vision": ("fp32", "int8 is smaller and a little faster, but see docs/export.md"),
     "connector": ("fp32", ""),
     "compressor": ("fp32", ""),
     "rag-connector": ("fp32", ""),
@@ -141,11 +141,11 @@ def write(arguments: argparse.Namespace, target: Path, progress: Progress) -> tu
     names = [name.replace("-", "_") for name in COMPONENTS]
     precisions = model_dir.Precisions(**{n: getattr(arguments, f"{n}_precision") for n in names})
     with replacing(target) as draft:
-        model_dir.write_components(parts, draft, precisions, progress)
-        progress("bank and manifest")
         model_dir.write_bank(parts, weights / model_dir.BANK_NAME, draft / model_dir.BANK_NAME)
-        model_dir.write_manifest(parts, draft, precisions, {})
         pictures = report.check_pictures(draft / model_dir.BANK_NAME)
+        model_dir.write_components(parts, draft, precisions, pictures, progress)
+        progress("manifest")
+        model_dir.write_manifest(parts, draft, precisions, {})
         measured = report.measure(parts, draft, precisions, pictures, progress)
         manifest = model_dir.write_manifest(parts, draft, precisions, measured.to_dict())
         progress("syncing to the disk")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig
 
@@ -17,6 +18,7 @@ from tinyalign.export.graph import Precision
 from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, write_embeddings
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.files import file_entry
+from tinyalign.runtime.images import Picture, load_picture, preprocess
 from tinyalign.runtime.keys import save_key_arrays
 from tinyalign.runtime.manifest import (
     MANIFEST_NAME,
@@ -65,15 +67,22 @@ class Precisions:
 
 
 def write_components(
-    parts: Parts, directory: Path, precisions: Precisions, progress: Callable[[str], None]
+    parts: Parts,
+    directory: Path,
+    precisions: Precisions,
+    pictures: Sequence[Picture],
+    progress: Callable[[str], None],
 ) -> None:
-    """Write all graphs and tables of the model, without bank and manifest, into a directory."""
+    """Write all graphs and tables of the model, without bank and manifest, into a directory.
+
+    `pictures`: two or more, to calibrate a vision encoder in int8 on.
+    """
     if parts.keys is None:
         raise InputError("the weights hold no key recipe (key.npz): nothing can be retrieved")
     write_embeddings(parts.lm, directory / EMBEDDINGS_NAME)
     save_key_arrays(directory / "key.npz", parts.keys)
     parts.tokenizer.save(str(directory / "tokenizer.json"))
-    for name, example in examples(parts).items():
+    for name, example in examples(parts, pictures).items():
         precision: Precision = getattr(precisions, name)
         progress(f"{name} ({precision})")
         export_component(name, getattr(parts, name), directory / f"{name}.onnx", example, precision)
@@ -81,12 +90,13 @@ def write_components(
     export_lm(parts.lm, directory / "lm.onnx", precisions.lm, CONTEXT)
 
 
-def examples(parts: Parts) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Inputs of two rows for each component but the language model."""
-    size, memory = ImageSpec().size, parts.compressor.shape
+def examples(parts: Parts, pictures: Sequence[Picture]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Inputs of two or more rows for each component but the language model."""
+    spec, memory = ImageSpec(), parts.compressor.shape
+    pixels = np.stack([preprocess(load_picture(p, spec.background), spec) for p in pictures])
     cells = torch.ones(2, parts.connector.shape.cells, memory.vision_width)
     return {
-        "vision": (torch.ones(2, 3, size, size),),
+        "vision": (torch.from_numpy(pixels),),
         "connector": (cells,),
         "compressor": (torch.ones(2, memory.max_text_tokens, memory.width), cells),
         "rag_connector": (torch.ones(2, memory.latents, memory.latent_width),),

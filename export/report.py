@@ -231,16 +231,18 @@ def count_same(parts: Parts, rows: torch.Tensor, ids: Sequence[int], ended: bool
 
 
 def check_pictures(bank: Path, most: int = 8) -> list[Picture]:
-    """Pictures to compare on: the examples of a source checkout, else the bank's thumbnails, else
-    one that is only colours."""
+    """Two or more pictures to compare on: the examples of a source checkout, else the thumbnails of
+    a bank (which need not be there), else only colours."""
     folder = Path(__file__).resolve().parents[1] / "examples" / "pictures"
     examples = [p for p in sorted(folder.glob("*")) if p.suffix in (".jpg", ".png", ".webp")]
     if examples:
         return [*examples[:most]]
-    with Bank.open(bank, read_only=True) as memories:
-        thumbnails = [memory.thumbnail for memory in memories.list() if memory.thumbnail]
+    thumbnails: list[bytes] = []
+    if bank.exists():
+        with Bank.open(bank, read_only=True) as memories:
+            thumbnails = [memory.thumbnail for memory in memories.list() if memory.thumbnail]
     ramp = np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
-    return [*thumbnails[:most]] or [ramp]
+    return [*thumbnails[:most]] if len(thumbnails) > 1 else [ramp, ramp[::-1]]
 
 
 def run(session: ort.InferenceSession, name: str, inputs: tuple[torch.Tensor, ...]) -> Array:

@@ -70,10 +70,9 @@ def folder(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> 
     embeddings = cases["rag_connector"].module.get_buffer("embeddings").numpy()
     (folder / "embeddings.bin").write_bytes(embeddings.astype("<f2").tobytes())
     for name, case in cases.items():
-        example = tuple(value[:2] for value in case.inputs)
         for precision in ("fp32", "int8"):
             path = folder / f"{name}.{precision}.onnx"
-            export_component(name, case.module.eval(), path, example, precision)
+            export_component(name, case.module.eval(), path, case.inputs, precision)
     return folder
 
 

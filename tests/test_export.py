@@ -81,7 +81,8 @@ def model_path(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("export") / "model"
     said: list[str] = []
     with replacing(target) as draft:
-        model_dir.write_components(parts, draft, FLOATS, said.append)
+        pictures = [picture(1), picture(2)]
+        model_dir.write_components(parts, draft, FLOATS, pictures, said.append)
         model_dir.write_bank(parts, draft / "none", draft / model_dir.BANK_NAME)
         manifest = model_dir.write_manifest(parts, draft, FLOATS, {"a": 1})
         with TinyAlign.load(draft, banks=[]) as model:
