@@ -33,8 +33,9 @@ class EncodedPicture:
 class Timings:
     """Milliseconds of one answer.
 
-    ``first_token`` is the time from the question to the first token, so it holds ``encode``,
-    ``retrieve`` and ``prefill``; ``decode`` is the time of all tokens after the first.
+    ``encode``: from the picture file to image tokens. ``retrieve``: key and bank search.
+    ``prefill``: memory tokens and reading the prompt. ``first_token`` is the sum of these, the time
+    from the question to the first token. ``decode``: all tokens after the first.
     """
 
     encode: float

@@ -37,8 +37,8 @@ class Parts:
     lm: LanguageModel
 
 
-def load_parts(directory: Path, threads: int) -> Parts:
-    """Check the directory and open its parts side by side; raises ModelError."""
+def check_directory(directory: Path, threads: int) -> Manifest:
+    """The manifest of a directory whose files are all there and unchanged; else ModelError."""
     manifest = read_manifest(directory)
     for name in (
         "lm.onnx",
@@ -51,6 +51,11 @@ def load_parts(directory: Path, threads: int) -> Parts:
     for name in ("tokenizer.json", "embeddings.bin", "key.npz", DEFAULT_BANK):
         manifest.file(name)
     verify_files(directory, manifest, threads)
+    return manifest
+
+
+def load_parts(directory: Path, manifest: Manifest, threads: int) -> Parts:
+    """Open the parts of a checked directory side by side; raises ModelError."""
     with ThreadPoolExecutor(max(2, threads)) as pool:
         # the language model takes longest, so it starts first
         lm = pool.submit(open_session, directory / "lm.onnx", threads, spin=True)

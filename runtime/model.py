@@ -30,7 +30,13 @@ from tinyalign.runtime.answers import Answer, AnswerStream, EncodedPicture, Timi
 from tinyalign.runtime.errors import InputError, QuestionError
 from tinyalign.runtime.images import Picture, load_picture, normalise, resize
 from tinyalign.runtime.keys import make_key, mean_embedding
-from tinyalign.runtime.loading import DEFAULT_BANK, Parts, load_parts, open_session
+from tinyalign.runtime.loading import (
+    DEFAULT_BANK,
+    Parts,
+    check_directory,
+    load_parts,
+    open_session,
+)
 from tinyalign.runtime.paths import default_model_dir
 from tinyalign.runtime.prompt import (
     Segment,
@@ -77,9 +83,11 @@ class TinyAlign:
         if threads is not None and threads < 1:
             raise InputError(f"the number of threads must be 1 or more, not {threads}")
         directory = Path(path) if path is not None else default_model_dir()
-        parts = load_parts(directory, threads or default_threads())
+        threads = threads or default_threads()
+        manifest = check_directory(directory, threads)
+        parts = load_parts(directory, manifest, threads)
         with ExitStack() as opened:
-            names = ["default"] if banks is None else list(banks)
+            names = ["default"] if banks is None else banks
             open_banks = [opened.enter_context(_open_bank(parts, name)) for name in names]
             opened.pop_all()
         return cls(parts, open_banks, _ms(started))
@@ -245,9 +253,9 @@ class TinyAlign:
         picture = self.encode(image)
         encoded = time.perf_counter()
         hits = self.retrieve(picture, question, *wanted) if wanted else []
-        tokens = self._memory_tokens(hits)
         retrieved = time.perf_counter()
 
+        tokens = self._memory_tokens(hits)
         segments = self._check_room(question, hits, tokens, max_tokens)
         rows = embed(segments, parts.embeddings, picture.image_tokens, tokens)  # [N, D]
         limit = min(max_tokens, context - len(rows))
@@ -317,9 +325,17 @@ class TinyAlign:
 
 
 def _open_bank(parts: Parts, name: str | Path) -> Bank:
-    path = parts.directory / DEFAULT_BANK if str(name) == "default" else Path(name)
-    label = "default" if str(name) == "default" else ""
-    return Bank.open(path, parts.manifest.fingerprint, read_only=True, name=label)
+    """Open a bank for reading and bring its keys into memory, so that no question waits for it."""
+    own = str(name) == "default"
+    path = parts.directory / DEFAULT_BANK if own else Path(name)
+    label = "default" if own else ""
+    bank = Bank.open(path, parts.manifest.fingerprint, read_only=True, name=label)
+    try:
+        bank.search(np.eye(1, bank.key_width, dtype=np.float32)[0], 1)
+    except BaseException:
+        bank.close()
+        raise
+    return bank
 
 
 def _run(
