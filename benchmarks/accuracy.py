@@ -2,11 +2,12 @@
 
     python benchmarks/accuracy.py [--model DIR] [--json]
 
-photos   20 labelled ImageNet photographs (from PyPI's foolbox): the encoder's own top-1 is the bound
-looks    held-out scenes and easy-vqa's test pictures: colour, count, position, yes/no, shape
+photos   20 labelled ImageNet photographs (from PyPI's foolbox): the encoder's own top-1 is the
+bound looks    held-out scenes and easy-vqa's test pictures: colour, count, position, yes/no, shape
 teach    unseen cut-outs, one example each under an invented name with an invented fact beside the
-         default bank; another view of the picture is asked about. "kNN copy" answers with the text of
-         the nearest memory, and the bound is how often the taught memory is among those retrieved.
+         default bank; another view of the picture is asked about. "kNN copy" answers with the text
+         of the nearest memory, and the bound is how often the taught memory is among those
+         retrieved.
 
 Nothing asked here was trained on or is in the default bank. Needs the feature cache of
 `tinyalign-train --until prepare`.
@@ -135,7 +136,8 @@ def is_right(item: Item, answer: str) -> bool:
 
 
 def teach(model: TinyAlign, like: EncodedPicture) -> dict[str, Any]:
-    """One example of each unseen object with an invented name and fact; another view is asked about."""
+    """One example of each unseen object with an invented name and fact; another view is asked
+    about."""
     cells, records = load_features(sources=("emoji", "furniture", "clipart"))
     views: dict[str, list[int]] = defaultdict(list)
     for row, record in enumerate(records):

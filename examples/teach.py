@@ -45,8 +45,8 @@ def main() -> None:
                 print(f"taught: {TEXT}")
                 for question in QUESTIONS:
                     answer = taught.ask(picture, question)
-                    rests_on = ", ".join(f"{m.bank} {m.id} ({m.score:.2f})" for m in answer.memories)
-                    print(f"  {question}  {answer.text}  [{rests_on}]")
+                    used = ", ".join(f"{m.bank} {m.id} ({m.score:.2f})" for m in answer.memories)
+                    print(f"  {question}  {answer.text}  [{used}]")
 
 
 if __name__ == "__main__":

@@ -70,12 +70,25 @@ def mean_embedding(
 
 
 def save_key_arrays(path: Path, arrays: KeyArrays) -> None:
-    """Write ``key.npz``."""
+    """Write ``key.npz``, the arrays in fp16 (``rounded`` gives what will be read again)."""
     values: dict[str, Any] = {
-        f.name: np.asarray(getattr(arrays, f.name), np.float32) for f in fields(arrays)
+        f.name: np.asarray(getattr(arrays, f.name), np.float16)
+        for f in fields(arrays)
+        if f.name != "alpha"
     }
+    values["alpha"] = np.float32(arrays.alpha)
     with path.open("wb") as file:
         np.savez(file, **values)
+
+
+def rounded(arrays: KeyArrays) -> KeyArrays:
+    """The arrays rounded through fp16, as ``key.npz`` stores them."""
+    values = {
+        f.name: getattr(arrays, f.name).astype(np.float16).astype(np.float32)
+        for f in fields(arrays)
+        if f.name != "alpha"
+    }
+    return KeyArrays(**values, alpha=float(np.float32(arrays.alpha)))
 
 
 def load_key_arrays(path: Path) -> KeyArrays:

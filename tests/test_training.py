@@ -141,7 +141,8 @@ def test_training_embeds_the_prompt_that_the_runtime_embeds(world: World) -> Non
     cells = torch.from_numpy(world.cells[:1].astype(np.float32))
     memory_cells = torch.from_numpy(world.cells[2:4].astype(np.float32))
     trained = embed_batch(
-        batch, cells, memory_cells, parts.embeddings, parts.connector, parts.compressor, parts.rag_connector
+        batch, cells, memory_cells, parts.embeddings,
+        parts.connector, parts.compressor, parts.rag_connector,
     )[0].detach()  # fmt: skip
 
     tokens = torch.zeros(2, MEMORY.max_text_tokens, D)

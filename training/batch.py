@@ -1,8 +1,9 @@
 """Episodes to tensors: one picture, its memories and several questions that share them.
 
-The questions of an episode do not see each other. They share the prefix (picture and memories), which
-is computed once; each question and its answer attends to the prefix and to itself, at the positions
-it has when it is asked alone. So training sees exactly the token sequences that the runtime sees.
+The questions of an episode do not see each other. They share the prefix (picture and memories),
+which is computed once; each question and its answer attends to the prefix and to itself, at the
+positions it has when it is asked alone. So training sees exactly the token sequences that the
+runtime sees.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from tinyalign.training.modules import Compressor, Connector, RagConnector
 
 @dataclass(frozen=True)
 class RetrievedMemory:
-    """A memory as an episode shows it: its text, the row of its picture's features, its similarity."""
+    """A memory as an episode shows it: its text, the row of its picture's features, its
+    similarity."""
 
     text: str
     row: int
@@ -208,9 +210,11 @@ def answer_loss(lm: torch.nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
     Only the rows that have a label go through the head.
     """
     hidden = lm.model(
-        inputs_embeds=inputs, attention_mask=batch.mask.to(inputs.dtype), position_ids=batch.positions,
+        inputs_embeds=inputs,
+        attention_mask=batch.mask.to(inputs.dtype),
+        position_ids=batch.positions,
         use_cache=False,
-    ).last_hidden_state  # fmt: skip
+    ).last_hidden_state
     wanted = batch.labels >= 0
     logits = lm.lm_head(hidden[wanted])
     return F.cross_entropy(logits.float(), batch.labels[wanted])

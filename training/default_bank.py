@@ -1,4 +1,5 @@
-"""The bank a model ships with: the class prototypes and the training pictures, with names and glosses."""
+"""The bank a model ships with: the class prototypes and the training pictures, with names and
+glosses."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 
 from tinyalign.bank import Bank, NewMemory, content_hash
 from tinyalign.training.batch import memory_ids
-from tinyalign.training.features import load_thumbnails
+from tinyalign.training.features import Record, load_thumbnails
 from tinyalign.training.fingerprint import fingerprint_of
 from tinyalign.training.world import World, cells_of
 
@@ -39,15 +40,20 @@ def build_bank(world: World, path: Path) -> None:
                         key=world.bank_keys[start + offset],
                         latents=latents[offset],
                         text=text,
-                        source=f"{record.source}, {record.licence}"
-                        + (f", {record.creator}" if record.creator else ""),
-                        metadata={"name": record.name, "kind": record.kind, "picture": record.id},
+                        source=source_of(record),
+                        metadata={"name": record.name, "kind": record.kind},
                         thumbnail=thumbnail,
                         content_hash=content_hash(record.id.encode(), text),
                     )
                 )
             bank.add(memories)
         bank.seal()
+
+
+def source_of(record: Record) -> str:
+    """Where a picture is from: package and file, licence, maker where the licence asks for one."""
+    licence = "Apache-2.0" if record.source == "prototypes" else record.licence
+    return ", ".join(part for part in (record.id, licence, record.creator) if part)
 
 
 @torch.inference_mode()

@@ -1,4 +1,5 @@
-"""Episodes for alignment and fine-tuning: what is asked about a picture, with which memories at hand.
+"""Episodes for alignment and fine-tuning: what is asked about a picture, with which memories at
+hand.
 
 Four kinds teach when to trust the bank (shares in `recipe.Mix`):
     taught       another view of the picture is in the bank, mostly under an invented name with
@@ -136,7 +137,8 @@ def neighbours(
 
 
 def misleading(world: World, row: int, recipe: Recipe, rng: Random) -> tuple[RetrievedMemory, ...]:
-    """Memories of unrelated pictures, with the similarity words that the real ones would have had."""
+    """Memories of unrelated pictures, with the similarity words that the real ones would have
+    had."""
     found = []
     for _, score in world.retrieve(row, NAME_QUESTIONS[0], recipe.prompt.top_k):
         place = rng.randrange(len(world.bank))
@@ -148,7 +150,8 @@ def misleading(world: World, row: int, recipe: Recipe, rng: Random) -> tuple[Ret
 def draw_taught(
     world: World, record: Record, rng: Random, attributes: Sequence[str] = ()
 ) -> Taught:
-    """Invent what a person may tell about a picture. `attributes` names facts that must be among it.
+    """Invent what a person may tell about a picture. `attributes` names facts that must be among
+    it.
 
     Sometimes the name is the picture's own or another thing's: a memory is right also where it says
     what the picture does not look like.
@@ -226,7 +229,8 @@ def rival(world: World, place: int, taught: Taught, rng: Random) -> str:
 
 
 def taught_turns(record: Record, taught: Taught, count: int, rng: Random) -> tuple[Turn, ...]:
-    """Questions whose answers stand in the taught text, one that no memory answers, one on looks."""
+    """Questions whose answers stand in the taught text, one that no memory answers, one on
+    looks."""
     turns = [Turn(rng.choice(NAME_QUESTIONS), sentence(taught.name))]
     turns += [Turn(fact.ask, fact.answer) for fact in taught.facts[: count - 1]]
     known = {fact.attribute for fact in taught.facts}

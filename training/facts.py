@@ -1,8 +1,9 @@
 """Invented names and facts: what only a memory can know.
 
-An episode that teaches trust in the bank tells the model something no picture shows and no LM has read:
-"This is a dorvan. Its owner is Mira." Names are made of syllables, values are drawn at random, and the
-wording of the memory, of the question and of the answer are drawn apart, so the model must read.
+An episode that teaches trust in the bank tells the model something no picture shows and no LM has
+read: "This is a dorvan. Its owner is Mira." Names are made of syllables, values are drawn at
+random, and the wording of the memory, of the question and of the answer are drawn apart, so the
+model must read.
 """
 
 from __future__ import annotations
@@ -10,8 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-ONSETS = "b bl br c ch cr d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl sn st t th tr v w y z zh".split()
-VOWELS = "a e i o u ai au ee oo ou".split()
+
+def phrases(text: str) -> list[str]:
+    """The phrases of a text that commas part."""
+    return [" ".join(phrase.split()) for phrase in text.split(",")]
+
+
+ONSETS = """
+    b bl br c ch cr d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl sn st t th
+    tr v w y z zh
+""".split()
+VOWELS = """
+    a e i o u ai au ee oo ou
+""".split()
 CODAS = [
     "",
     "",
@@ -38,35 +50,46 @@ CODAS = [
     "zz",
 ]
 ENDINGS = ["", "", "", "", "er", "le", "o", "a", "ix", "ium", "oid", "y", "us", "in"]
-
-PEOPLE = (
-    "Mira Tom Anna Omar Lena Raj Sofia Kenji Nora Pablo Ines Lukas Amara Felix Yuki Hana Igor Clara Dario "
-    "Elif Marco Priya Jonas Zoe Samuel Tara Victor Wanda Ali Greta Hugo Iris Jack Kira Leo Maya Nils Olga "
-    "Peter Quinn Rosa Stefan Ursula Vera Will Ximena Yara Zane Bruno Carmen Diego Esther Frank Gloria"
-).split()
-TOWNS = (
-    "Oslo Lima Porto Kyoto Bergen Quito Turin Ghent Cairo Lagos Delhi Perth Malmo Basel Riga Sofia Nantes "
-    "Leeds Boston Denver Austin Seoul Osaka Hanoi Dakar Tunis Lyon Graz Bern Cork Vienna Prague Athens"
-).split()
-ROOMS = (
-    "kitchen|garage|attic|cellar|workshop|office|hall|garden shed|library|laboratory|storeroom|bedroom|"
-    "bathroom|studio|barn|archive|lobby|canteen|basement|greenhouse"
-).split("|")
-PLACES = (
-    "blue cupboard|top drawer|red box|third shelf|glass cabinet|metal locker|bottom drawer|green crate|"
-    "wooden chest|second cabinet|white bin|leather case|small tin|corner rack|left drawer|yellow basket"
-).split("|")
-MATERIALS = "wood steel brass paper glass cotton leather rubber wax clay copper stone plastic silk ceramic tin".split()
-MONTHS = (
-    "January February March April May June July August September October November December".split()
-)
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-RULES = (
-    "keep it dry|never wash it|do not touch it|charge it every night|clean it with soap|keep it frozen|"
-    "wear gloves|oil it once a month|switch it off first|handle it with care|store it upright|"
-    "keep it away from fire|feed it twice a day|ask before using it|do not stack it|check it every week"
-).split("|")
-COMPANIES = "Nordal Vextra Brimco Halden Tolgate Umira Pelican Kestrel Ostara Quantrel Delmar Savik Lumo Ferrum Arbo".split()
+PEOPLE = """
+    Mira Tom Anna Omar Lena Raj Sofia Kenji Nora Pablo Ines Lukas Amara Felix Yuki Hana Igor
+    Clara Dario Elif Marco Priya Jonas Zoe Samuel Tara Victor Wanda Ali Greta Hugo Iris Jack
+    Kira Leo Maya Nils Olga Peter Quinn Rosa Stefan Ursula Vera Will Ximena Yara Zane Bruno
+    Carmen Diego Esther Frank Gloria
+""".split()
+TOWNS = """
+    Oslo Lima Porto Kyoto Bergen Quito Turin Ghent Cairo Lagos Delhi Perth Malmo Basel Riga
+    Sofia Nantes Leeds Boston Denver Austin Seoul Osaka Hanoi Dakar Tunis Lyon Graz Bern Cork
+    Vienna Prague Athens
+""".split()
+ROOMS = phrases("""
+    kitchen, garage, attic, cellar, workshop, office, hall, garden shed, library, laboratory,
+    storeroom, bedroom, bathroom, studio, barn, archive, lobby, canteen, basement, greenhouse
+""")
+PLACES = phrases("""
+    blue cupboard, top drawer, red box, third shelf, glass cabinet, metal locker, bottom drawer,
+    green crate, wooden chest, second cabinet, white bin, leather case, small tin, corner rack,
+    left drawer, yellow basket
+""")
+MATERIALS = """
+    wood steel brass paper glass cotton leather rubber wax clay copper stone plastic silk
+    ceramic tin
+""".split()
+MONTHS = """
+    January February March April May June July August September October November December
+""".split()
+DAYS = """
+    Monday Tuesday Wednesday Thursday Friday Saturday Sunday
+""".split()
+RULES = phrases("""
+    keep it dry, never wash it, do not touch it, charge it every night, clean it with soap,
+    keep it frozen, wear gloves, oil it once a month, switch it off first, handle it with care,
+    store it upright, keep it away from fire, feed it twice a day, ask before using it,
+    do not stack it, check it every week
+""")
+COMPANIES = """
+    Nordal Vextra Brimco Halden Tolgate Umira Pelican Kestrel Ostara Quantrel Delmar Savik
+    Lumo Ferrum Arbo
+""".split()
 
 
 def code(rng: Random) -> str:
@@ -77,7 +100,8 @@ def code(rng: Random) -> str:
 
 @dataclass(frozen=True)
 class Attribute:
-    """One kind of fact: wordings of the memory, of the question and of the answer, and its values."""
+    """One kind of fact: wordings of the memory, of the question and of the answer, and its
+    values."""
 
     name: str
     tells: tuple[str, ...]

@@ -1,6 +1,7 @@
 """The key recipe, fitted on frozen features: what the bank compares.
 
-Image part: the encoder's pooled vector, centred, whitened (softly) and brought down to 192 numbers. Text
+Image part: the encoder's pooled vector, centred, whitened (softly) and brought down to 192
+    numbers. Text
 part: the mean token embedding, likewise. Nothing trained later changes them, so a bank stays valid.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyalign.runtime.keys import KeyArrays, make_keys
+from tinyalign.runtime.keys import KeyArrays, rounded
 
 Array = NDArray[np.float32]
 
@@ -17,17 +18,20 @@ Array = NDArray[np.float32]
 def fit_key(
     pooled: Array, texts: Array, image_width: int, text_width: int, alpha: float
 ) -> KeyArrays:
-    """Key arrays from training pictures' pooled features [n, Dv] and texts' mean embeddings [m, D]."""
+    """Key arrays from training pictures' pooled features [n, Dv] and texts' mean embeddings [m,
+    D]."""
     image_mean, image_projection = whitening(pooled, image_width)
     text_mean, text_projection = whitening(texts, text_width)
-    return KeyArrays(image_mean, image_projection, text_mean, text_projection, alpha)
+    return rounded(KeyArrays(image_mean, image_projection, text_mean, text_projection, alpha))
 
 
 def whitening(rows: Array, width: int, power: float = 0.5) -> tuple[Array, Array]:
     """Mean [D] and projection [D, width]: principal axes, each scaled by variance ** -power.
 
-    Power 0 is plain PCA and 0.5 full whitening. Held-out emoji, another view among 1,123 pictures, width
-    192: found first .853 / .876 / .893 and among three .915 / .955 / .972 with power 0 / 0.25 / 0.5.
+    Power 0 is plain PCA and 0.5 full whitening. Held-out emoji, another view among 1,123 pictures,
+    width
+    192: found first .853 / .876 / .893 and among three .915 / .955 / .972 with power 0 / 0.25 /
+        0.5.
     """
     rows = rows.astype(np.float64)
     mean = rows.mean(axis=0)
@@ -46,8 +50,3 @@ def calibrate(neighbours: Array) -> tuple[tuple[str, float], ...]:
     words = {"same": 0.97, "near": 0.85, "similar": 0.5, "distant": 0.1}
     floors = np.quantile(neighbours, list(words.values()))
     return tuple((word, round(float(floor), 3)) for word, floor in zip(words, floors, strict=True))
-
-
-def keys_of(pooled: Array, texts: Array | None, arrays: KeyArrays) -> NDArray[np.float16]:
-    """Keys as the bank stores them, fp16 [n, di + dt]."""
-    return make_keys(pooled, texts, arrays).astype(np.float16)

@@ -4,9 +4,9 @@
     (token embeddings [B, N, D], cells)  --Compressor-->  latents [B, L, d]
     latents [K, L, d] --RagConnector-->  memory tokens [K, M, D]
 
-Both connectors speak in *soft-vocabulary tokens*: what enters the language model (LM) is a mixture of
-the LM's own token embeddings, so a frozen LM can read it at once and a person can read it as words.
-The shapes and their names follow TinyAlign (arXiv 2505.12884, section 3).
+Both connectors speak in *soft-vocabulary tokens*: what enters the language model (LM) is a mixture
+of the LM's own token embeddings, so a frozen LM can read it at once and a person can read it as
+words. The shapes and their names follow TinyAlign (arXiv 2505.12884, section 3).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ DROPOUT = 0.2  # in the connector, while it trains
 
 @dataclass(frozen=True)
 class ConnectorShape:
-    """Sizes of the connector. `name_slots` image tokens spell a name, the others one attribute each."""
+    """Sizes of the connector. `name_slots` image tokens spell a name, the others one attribute
+    each."""
 
     cells: int = 10  # C: one global cell and 3 x 3 cells
     vision_width: int = 1280  # Dv
@@ -61,10 +62,12 @@ class SoftVocabulary(nn.Module):
 class Connector(nn.Module):
     """Picture features to image tokens.
 
-    A two-layer MLP over the global cell and the 3 x 3 cells gives one vector per slot. The name slots
+    A two-layer MLP over the global cell and the 3 x 3 cells gives one vector per slot. The name
+    slots
     also get a residual: the encoder's own class probabilities mixed with the class names' token
-    embeddings, so a confident photograph is named from the first step. The MLP's say in a name shrinks
-    as the encoder's confidence grows: it has only seen renders and drawings, and photographs fool it.
+    embeddings, so a confident photograph is named from the first step. The MLP's say in a name
+    shrinks as the encoder's confidence grows: it has only seen renders and drawings, and
+    photographs fool it.
 
     Args:
         shape: sizes.
@@ -108,7 +111,8 @@ class Connector(nn.Module):
         return torch.cat([names, attributes], dim=1)
 
     def named(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """pooled [B, Dv] -> mixed class names [B, name_slots, D], the best class's odds [B, 1, 1]."""
+        """pooled [B, Dv] -> mixed class names [B, name_slots, D], the best class's odds [B, 1,
+        1]."""
         odds = (pooled @ self.classifier.T + self.classifier_bias).softmax(dim=-1)  # [B, classes]
         names = self.vocabulary.unit[self.class_names]  # [classes, name_slots, D]
         residual = (odds @ names.flatten(1)).unflatten(-1, names.shape[1:])
@@ -121,7 +125,8 @@ class Connector(nn.Module):
 
 
 class PlainConnector(nn.Module):
-    """The paper's connector: a two-layer MLP (`mlp2x_gelu`) with no soft vocabulary, for comparison."""
+    """The paper's connector: a two-layer MLP (`mlp2x_gelu`) with no soft vocabulary, for
+    comparison."""
 
     def __init__(self, shape: ConnectorShape) -> None:
         super().__init__()
@@ -168,9 +173,10 @@ class MemoryShape:
 class Compressor(nn.Module):
     """(token embeddings, cells) -> latents: a resampler with fixed routing.
 
-    Latent 0 reads the picture. Latent 1 + i reads text tokens 8i .. 8i+7, each through the same small
-    projection to the unit sphere, so that the RAG connector can find the very token again among the
-    whole vocabulary. (A free Perceiver learned nothing in the time that this takes; see docs.)
+    Latent 0 reads the picture. Latent 1 + i reads text tokens 8i .. 8i+7, each through the same
+    small projection to the unit sphere, so that the RAG connector can find the very token again
+    among the whole vocabulary. (A free Perceiver learned nothing in the time that this takes; see
+    docs.)
     """
 
     def __init__(self, shape: MemoryShape) -> None:
@@ -184,7 +190,8 @@ class Compressor(nn.Module):
         return F.normalize(self.code(embeddings), dim=-1)
 
     def forward(self, token_embeddings: Tensor, cells: Tensor) -> Tensor:
-        """token embeddings [B, N, D] (zero rows are padding), cells [B, C, Dv] -> latents [B, L, d]."""
+        """token embeddings [B, N, D] (zero rows are padding), cells [B, C, Dv] -> latents [B, L,
+        d]."""
         shape = self.shape
         used = (token_embeddings.abs().sum(-1, keepdim=True) > 0).float()  # [B, N, 1]
         codes = self.codes(token_embeddings) * used  # [B, N, c]
@@ -198,9 +205,9 @@ class Compressor(nn.Module):
 class RagConnector(nn.Module):
     """Latents to memory tokens (the paper's RAG connector, an MLP d -> D -> D with GELU).
 
-    Every text share of a latent is looked up among the codes of the whole vocabulary; the found token's
-    embedding is the base of the memory token and the MLP adds what training finds useful. The picture
-    latent goes through an MLP of its own into a soft-vocabulary token.
+    Every text share of a latent is looked up among the codes of the whole vocabulary; the found
+    token's embedding is the base of the memory token and the MLP adds what training finds useful.
+    The picture latent goes through an MLP of its own into a soft-vocabulary token.
 
     Args:
         shape: sizes.
@@ -229,7 +236,8 @@ class RagConnector(nn.Module):
         return self.picture_out(F.gelu(self.picture_hidden(latent)))
 
     def text_tokens(self, embeddings: Tensor, shares: Tensor) -> Tensor:
-        """The found tokens' embeddings [.., D] and their shares [.., c] -> memory tokens [.., D]."""
+        """The found tokens' embeddings [.., D] and their shares [.., c] -> memory tokens [..,
+        D]."""
         return embeddings + self.text_out(F.gelu(self.text_hidden(shares)))
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:

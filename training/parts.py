@@ -1,6 +1,7 @@
 """All parts of the model in one place: made new, saved as safetensors, and loaded again.
 
-A weights directory (the default one is `training/weights/`) holds only what was trained or fitted here:
+A weights directory (the default one is `training/weights/`) holds only what was trained or fitted
+here:
 
     connector.safetensors      + vocabulary_ids [Vs], class_names [classes, slots]
     compressor.safetensors
@@ -70,7 +71,8 @@ class Parts:
         return self.lm.get_input_embeddings().weight
 
     def round_to_half(self) -> None:
-        """Round what was trained through fp16, as it is saved, so that every later use sees the same."""
+        """Round what was trained through fp16, as it is saved, so that every later use sees the
+        same."""
         for module in (self.connector, self.compressor, self.rag_connector):
             for parameter in module.parameters():
                 parameter.data = parameter.data.half().float()

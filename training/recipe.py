@@ -61,7 +61,8 @@ class Recipe:
     connector: ConnectorShape = field(default_factory=ConnectorShape)
     memory: MemoryShape = field(default_factory=MemoryShape)
     prompt: PromptSpec = PROMPT
-    # Share of the text part in a key. The paper mixes with 0.4; measured here: see docs/architecture.md
+    # Share of the text part in a key. The paper mixes with 0.4; measured here: see
+    # docs/architecture.md
     alpha: float = 0.1
     image_key_width: int = 192
     text_key_width: int = 64

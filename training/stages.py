@@ -1,4 +1,5 @@
-"""The training stages, each a plain loop over steps that are the same however often it is interrupted.
+"""The training stages, each a plain loop over steps that are the same however often it is
+interrupted.
 
     0  codes        compressor: tell all tokens of the vocabulary apart by a short code
        slots        connector: every image token names its part (name, kind, colour, number, place)
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from tinyalign.runtime.prompt import encode_template, encode_text
+from tinyalign.runtime.prompt import encode_template
 from tinyalign.training.batch import (
     Batch,
     Episode,
@@ -138,7 +138,8 @@ def all_parameters(run: Run) -> Iterator[nn.Parameter]:
 
 
 def train_codes(run: Run) -> None:
-    """Compressor: codes of the vocabulary far enough apart that each token finds itself among all."""
+    """Compressor: codes of the vocabulary far enough apart that each token finds itself among
+    all."""
     stage = run.recipe.codes
     compressor, table = run.parts.compressor, run.parts.embeddings.detach().float()
 
@@ -155,7 +156,8 @@ def train_codes(run: Run) -> None:
 
 
 def slot_targets(parts: Parts, records: list[Record]) -> Tensor:
-    """What each image token should say, [n, T] indices into the soft vocabulary, -100 where not known."""
+    """What each image token should say, [n, T] indices into the soft vocabulary, -100 where not
+    known."""
     index = {int(token): i for i, token in enumerate(parts.vocabulary_ids)}
     slots = parts.connector.shape.name_slots
     tokenizer = parts.tokenizer
@@ -256,7 +258,7 @@ def train_reconstruct(run: Run) -> None:
         sequences, labels = [], []
         for number, ids in enumerate(texts):
             answer = (*ids, *stop)
-            tail = table[list((*after, *answer))]
+            tail = table[[*after, *answer]]
             rows = [table[list(before)], memory[number][keep[number]], tail]
             sequences.append(torch.cat(rows))
             shown = len(sequences[-1]) - len(answer) - 1
@@ -368,7 +370,8 @@ def lm_arithmetic() -> Iterator[None]:
 
 
 def for_training(lm: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The LM with its layers' weights in bfloat16; the embeddings stay exact and the head is its own copy."""
+    """The LM with its layers' weights in bfloat16; the embeddings stay exact and the head is its
+    own copy."""
     for layer in lm.model.layers:
         for module in layer.modules():
             if isinstance(module, nn.Linear):
@@ -401,7 +404,8 @@ def save_lora(run: Run, directory: Path) -> None:
     """Write the LoRA adapter (fp16, peft's format); nothing before fine-tuning."""
     if not isinstance(run.lm, PeftModel):
         return
-    run.lm.save_pretrained(directory)
+    run.lm.save_pretrained(directory, save_embedding_layers=False)  # else peft asks a hub
+    (directory / "README.md").unlink(missing_ok=True)
     path = directory / "adapter_model.safetensors"
     save_file({name: value.half() for name, value in load_file(path).items()}, path)
 
@@ -429,7 +433,7 @@ def save_checkpoint(run: Run, optimizer: dict[str, Any] | None) -> None:
     }
     temporary = run.directory / "checkpoint.tmp"
     torch.save(state, temporary)
-    os.replace(temporary, run.directory / "checkpoint.pt")
+    temporary.replace(run.directory / "checkpoint.pt")
     (run.directory / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.log))
 
 

@@ -1,7 +1,8 @@
 """The soft vocabulary: which LM tokens an image token may be a mixture of, and names as slots.
 
-A name is spelled right-aligned over the connector's name slots ("a", "a", " polar", " bear"), so the
-head noun always stands in the last slot and a shorter name is a graceful answer to an uncertain one.
+A name is spelled right-aligned over the connector's name slots ("a", "a", " polar", " bear"), so
+the head noun always stands in the last slot and a shorter name is a graceful answer to an
+uncertain one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What training draws from: cached features, their keys, and the bank of training memories.
 
-The retrieval rules hold here, in one place (`World.retrieve`): a query is made from the picture and the
-question only, never from an answer; a picture retrieves neither itself nor another view of itself; and
-only training pictures are in the bank.
+The retrieval rules hold here, in one place (`World.retrieve`): a query is made from the picture
+and the question only, never from an answer; a picture retrieves neither itself nor another view of
+itself; and only training pictures are in the bank.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from tinyalign.training.keys import calibrate, fit_key
 from tinyalign.training.parts import Parts
 from tinyalign.training.questions import sentence
 from tinyalign.training.recipe import Recipe
-
-EASY_VQA_MEMORIES = 300  # pictures of plain shapes in the bank; all 4,000 would crowd it
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class World:
         return make_key(self.cells[row, 0], text_mean(self.parts, text), self.parts.keys)
 
     def retrieve(self, row: int, question: str, count: int) -> list[tuple[int, float]]:
-        """Nearest memories of a row's picture and a question, without the picture itself and its views.
+        """Nearest memories of a row's picture and a question, without the picture itself and its
+        views.
 
         Returns (place in the bank, score) pairs, nearest first.
         """
@@ -85,7 +84,8 @@ def text_mean(parts: Parts, text: str) -> NDArray[np.float32] | None:
 def make_world(
     parts: Parts, cells: NDArray[np.float16], records: Sequence[Record], recipe: Recipe
 ) -> World:
-    """Fit the key recipe (unless the parts have one), build the bank and calibrate the similarity words."""
+    """Fit the key recipe (unless the parts have one), build the bank and calibrate the similarity
+    words."""
     views: dict[str, list[int]] = {}
     for row, record in enumerate(records):
         views.setdefault(record.id, []).append(row)
@@ -105,16 +105,18 @@ def make_world(
 
 
 def bank_rows(records: Sequence[Record], views: dict[str, list[int]]) -> list[int]:
-    """One row of every training picture and class prototype, the first view, in the order of the records."""
+    """One row of every training picture and class prototype, the first view, in the order of the
+    records."""
     rows: list[int] = []
-    shapes = 0
+    shapes: set[str] = set()  # one memory of each plain shape and colour is enough
     for row, record in enumerate(records):
         if record.split != "train" or record.source == "composites" or views[record.id][0] != row:
             continue
         if record.source == "easy_vqa":
-            shapes += 1
-            if shapes > EASY_VQA_MEMORIES:
+            text = memory_text(record)
+            if text in shapes:
                 continue
+            shapes.add(text)
         rows.append(row)
     return rows
 
