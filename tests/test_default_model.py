@@ -1,0 +1,131 @@
+"""The whole chain on the real default model, as `make` exports it, over the bundled pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageOps
+
+from tinyalign.bank import Bank
+from tinyalign.export.model_dir import Precisions, write_bank, write_components, write_manifest
+from tinyalign.runtime import TinyAlign
+from tinyalign.training.answer import answer
+from tinyalign.training.features import load_features
+from tinyalign.training.parts import DEFAULT_WEIGHTS, load_parts
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "examples" / "pictures"
+MODEL = Path(os.environ.get("TINYALIGN_MODEL") or ROOT / "build" / "default-model")
+ALL = sorted(path.name for path in PICTURES.iterdir() if path.suffix in (".jpg", ".png", ".webp"))
+ASKED = (
+    ("cat.jpg", "What is this?", ("cat", "mau")),
+    ("cat.jpg", "Is this a dog?", ("no,",)),
+    ("coffee.jpg", "What is this?", ("espresso", "coffee", "cup")),
+    ("pumpkin.png", "What colour is it?", ("orange",)),
+    ("three_pears.png", "How many things are there?", ("three",)),
+)
+FACT = "This is a zorvin. Its owner is Mira."
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyAlign:
+    with TinyAlign.load(MODEL) as loaded:
+        yield loaded
+
+
+def infer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tinyalign.runtime.cli", *arguments, "--model", str(MODEL)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_bundled_picture_is_answered_and_cites_real_memories(
+    name: str, model: TinyAlign
+) -> None:
+    done = infer(str(PICTURES / name), "What is this?", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["answer"].endswith(".") and len(told["answer"].split()) >= 3
+    assert told["answer"] == model.ask(PICTURES / name, "What is this?").text
+    scores = [memory["score"] for memory in told["memories"]]
+    assert scores == sorted(scores, reverse=True)
+    for memory in told["memories"]:
+        assert model.banks[0].get(memory["id"]).text == memory["text"]
+    timings = told["timings"]
+    assert all(
+        timings[stage] >= 0
+        for stage in ("load", "encode", "retrieve", "prefill", "decode", "first_token")
+    )
+    assert timings["tokens"] >= 3
+
+
+@pytest.mark.parametrize(("name", "question", "right"), ASKED)
+def test_answers(name: str, question: str, right: tuple[str, ...], model: TinyAlign) -> None:
+    told = model.ask(PICTURES / name, question).text.lower()
+    assert any(word in told for word in right), told
+
+
+def another_view(path: Path) -> Image.Image:
+    """The thing mirrored, smaller and before another background."""
+    thing = ImageOps.mirror(Image.open(path).convert("RGBA")).resize((150, 150))
+    canvas = Image.new("RGBA", (260, 220), (214, 226, 240, 255))
+    canvas.alpha_composite(thing, (70, 40))
+    return canvas
+
+
+def test_taught_once_it_knows_name_and_fact(model: TinyAlign, tmp_path: Path) -> None:
+    thing = PICTURES / "octopus.webp"
+    manifest, keys = model.parts.manifest, model.parts.keys
+    path = tmp_path / "mine.sqlite"
+    with Bank.create(path, manifest.fingerprint, keys.width, manifest.compressor.width) as bank:
+        bank.add([model.memory(thing, FACT)])
+    picture = another_view(thing)
+    with TinyAlign.load(MODEL, banks=["default", path]) as taught:
+        named = taught.ask(picture, "What is this?")
+        owned = taught.ask(picture, "Who owns it?")
+    assert named.memories[0].bank == "mine" and named.memories[0].text == FACT
+    assert "zorvin" in named.text
+    assert "Mira" in owned.text
+    assert "zorvin" not in model.ask(picture, "What is this?").text
+
+
+def test_no_memory_is_the_same_as_no_bank(model: TinyAlign) -> None:
+    picture = model.encode(PICTURES / "guitar.png")
+    without = model.ask(picture, "What is this?", memory=False)
+    with TinyAlign.load(MODEL, banks=[]) as bare:
+        assert bare.ask(PICTURES / "guitar.png", "What is this?").token_ids == without.token_ids
+    assert without.memories == ()
+
+
+def test_the_default_bank_holds_no_example_and_no_held_out_picture(model: TinyAlign) -> None:
+    sources = {memory.source.split(",")[0] for memory in model.banks[0].list()}
+    assert len(sources) > 3000
+    assert sum(source.startswith("prototypes/") for source in sources) == 1000
+    for held in ("emoji/1f419", "emoji/1f350"):  # octopus and pear, two of the examples
+        assert held not in sources
+    try:
+        _, records = load_features()
+    except Exception:
+        pytest.skip("no feature cache here")
+    assert not sources & {record.id for record in records if record.split == "held"}
+
+
+def test_fp32_export_gives_the_very_tokens_of_torch(tmp_path: Path) -> None:
+    parts = load_parts()
+    floats = Precisions("fp32", "fp32", "fp32", "fp32", "fp32")
+    write_components(parts, tmp_path, floats, lambda _: None)
+    write_bank(parts, DEFAULT_WEIGHTS / "bank.sqlite", tmp_path / "bank.sqlite")
+    write_manifest(parts, tmp_path, floats, {})
+    with TinyAlign.load(tmp_path) as exported:
+        for name, question, _ in ASKED:
+            expected = answer(parts, exported.banks, PICTURES / name, question, 24)
+            told = exported.ask(PICTURES / name, question, max_tokens=24)
+            assert told.token_ids == expected.ids
+            assert [hit.id for hit in told.memories] == [hit.id for hit in expected.hits]
