@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -61,8 +62,12 @@ def seen(model: TinyAlign, like: EncodedPicture, cells: np.ndarray) -> EncodedPi
 
 def says(answer: str, name: str) -> bool:
     """Whether the answer holds the name as words."""
-    words = re.sub(r"[^a-z0-9 -]+", " ", answer.lower()).split()
-    return f" {name.lower()} " in f" {' '.join(words)} "
+    return f" {words_of(name)} " in f" {words_of(answer)} "
+
+
+def words_of(text: str) -> str:
+    """Lower case, words parted by one space, no punctuation but hyphens."""
+    return " ".join(re.sub(r"[^a-z0-9 -]+", " ", text.lower()).split())
 
 
 def photos(model: TinyAlign, like: EncodedPicture) -> dict[str, Any]:
@@ -130,8 +135,6 @@ def is_right(item: Item, answer: str) -> bool:
     if item.type == "count":
         number = ("no", "one", "two", "three", "four", "five", "six")[int(item.label)]
         return says(answer, number)
-    if item.type == "position":
-        return says(answer, item.label)
     return says(answer, item.label)
 
 
@@ -237,12 +240,15 @@ def main() -> None:
     arguments = parser.parse_args()
     model = TinyAlign.load(arguments.model)
     like = model.encode(np.zeros((64, 64, 3), np.uint8))
-    result = {
-        "photos": photos(model, like),
-        "held-out cut-outs": held_names(model, like),
-        "looks": looks(model, like),
-        "teach": teach(model, like),
-    }
+    result: dict[str, dict[str, Any]] = {}
+    for name, measure in (
+        ("photos", photos),
+        ("held-out cut-outs", held_names),
+        ("looks", looks),
+        ("teach", teach),
+    ):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        result[name] = measure(model, like)
     if arguments.json:
         print(json.dumps(result, indent=1))
         return
