@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -281,7 +280,8 @@ def test_ctrl_c_is_quiet(place: Path, tiny: Path) -> None:
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    time.sleep(1.0)
+    process.stdin.write(bytes(300_000))  # more than a pipe holds: returns once it is being read
+    process.stdin.flush()
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
     assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
