@@ -1,7 +1,8 @@
 """What an export lost and gained: each component and whole answers, against torch.
 
 Every component gets the inputs that real pictures and memories give it. The language model is
-looked at twice, as it reads a whole prompt and as it adds one token to it.
+looked at twice, as it reads a whole prompt and as it adds one token to it, and its probabilities are
+compared: quantized weights move all logits by nearly the same amount, which changes nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """One line of the table; differences are those of the first output, `size_mb` of its files."""
+    """One line of the table; differences are those of the first output (the language model's: of
+    the next token's probabilities), `size_mb` is the size of its files."""
 
     component: str
     precision: str
@@ -200,9 +202,9 @@ def measure_lm(
         (f"lm, reading {count}", first, read_ms, read),
         ("lm, a token", second, add_ms, add),
     ):
-        found = step()[0].copy()
+        found, wanted = softmax(step()[0]), softmax(expected)
         onnx_ms = median_ms(step)
-        lines.append(report_line(name, precisions.lm, files, found, expected, torch_ms, onnx_ms))
+        lines.append(report_line(name, precisions.lm, files, found, wanted, torch_ms, onnx_ms))
     return lines
 
 
@@ -268,6 +270,12 @@ def report_line(
     return ComponentReport(
         name, precision, size, float(difference.max()), float(difference.mean()), torch_ms, onnx_ms
     )
+
+
+def softmax(logits: Array) -> Array:
+    """Probabilities [V] of logits [V]."""
+    weights: Array = np.exp(logits - logits.max())
+    return weights / weights.sum()
 
 
 def median_ms(work: Callable[[], object]) -> float:
