@@ -1,8 +1,8 @@
 """What an export lost and gained: each component and whole answers, against torch.
 
 Every component gets the inputs that real pictures and memories give it. The language model is
-looked at twice, as it reads a whole prompt and as it adds one token to it, and its probabilities are
-compared: quantized weights move all logits by nearly the same amount, which changes nothing.
+looked at twice, as it reads a whole prompt and as it adds one token to it, and its probabilities
+are compared: quantized weights move all logits by nearly the same amount, which changes nothing.
 """
 
 from __future__ import annotations
@@ -275,7 +275,8 @@ def report_line(
 def softmax(logits: Array) -> Array:
     """Probabilities [V] of logits [V]."""
     weights: Array = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights
 
 
 def median_ms(work: Callable[[], object]) -> float:
