@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -282,6 +283,7 @@ def test_ctrl_c_is_quiet(place: Path, tiny: Path) -> None:
     )
     process.stdin.write(bytes(300_000))  # more than a pipe holds: returns once it is being read
     process.stdin.flush()
+    time.sleep(0.3)  # and now it waits for the rest
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
     assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
