@@ -34,7 +34,7 @@ test: .venv/.dev $(MODEL)
 lint: .venv/.dev build/typing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p tinyalign.bank -p tinyalign.runtime
+	$(BIN)/mypy $(addprefix -p tinyalign.,bank runtime training export)
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .

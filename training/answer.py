@@ -23,6 +23,7 @@ from tinyalign.runtime.images import Picture, load_picture, preprocess
 from tinyalign.runtime.keys import make_key, mean_embedding
 from tinyalign.runtime.manifest import ImageSpec
 from tinyalign.runtime.prompt import build_prompt, embed, encode_question, similarity_word
+from tinyalign.training.lm import token_table
 from tinyalign.training.parts import Parts
 
 
@@ -102,7 +103,7 @@ def continue_greedily(
     lm: LlamaForCausalLM, rows: Tensor, stop: frozenset[int], limit: int
 ) -> list[int]:
     """Likeliest tokens after rows [1, N, D], up to a stop token (left out) or `limit` tokens."""
-    table = lm.get_input_embeddings().weight
+    table = token_table(lm)
     ids: list[int] = []
     output = lm(inputs_embeds=rows, use_cache=True, logits_to_keep=1)
     while (token := int(output.logits[0, -1].argmax())) not in stop:

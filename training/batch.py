@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from tinyalign.runtime.manifest import PromptSpec
 from tinyalign.runtime.prompt import (
@@ -204,8 +205,8 @@ def embed_batch(
     return flat.view(count, width, -1)
 
 
-def answer_loss(lm: torch.nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the answer tokens in nats. `lm` is a transformers causal LM.
+def answer_loss(lm: LlamaForCausalLM, inputs: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the answer tokens in nats.
 
     Only the rows that have a label go through the head.
     """

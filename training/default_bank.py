@@ -3,6 +3,7 @@ glosses."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def source_of(record: Record) -> str:
 
 
 @torch.inference_mode()
-def latents_of(world: World, rows: list[int], texts: list[str]) -> list[np.ndarray]:
+def latents_of(world: World, rows: Sequence[int], texts: Sequence[str]) -> list[np.ndarray]:
     """Used latents of some memories, each f32 [1 + used text latents, d]."""
     parts = world.parts
     shape = parts.compressor.shape

@@ -80,9 +80,9 @@ def draw_episode(world: World, rows: dict[str, list[int]], recipe: Recipe, rng: 
             memories = ()
         episode = Episode(row, memories, turns)
     if rng.random() < mix.shuffled:
-        memories = list(episode.memories)
-        rng.shuffle(memories)
-        episode = replace(episode, memories=tuple(memories))
+        shuffled = list(episode.memories)
+        rng.shuffle(shuffled)
+        episode = replace(episode, memories=tuple(shuffled))
     return episode
 
 

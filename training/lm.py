@@ -83,6 +83,13 @@ def load_lm(gguf_path: Path | str) -> LlamaForCausalLM:
     return model
 
 
+def token_table(lm: LlamaForCausalLM) -> torch.Tensor:
+    """The token embeddings [V, D] of a language model, without gradient."""
+    weight = lm.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach()
+
+
 def load_tokenizer(gguf_path: Path | str) -> Tokenizer:
     """The tokenizer of a GGUF file: byte-level BPE, single digits, control tokens as specials.
 

@@ -44,11 +44,15 @@ class ConnectorShape:
 class SoftVocabulary(nn.Module):
     """h [.., D] -> (mixture of token embeddings [.., D], id of the nearest token [..])."""
 
+    embeddings: Tensor  # [Vs, D]
+    unit: Tensor  # [Vs, D], of length one
+    ids: Tensor  # [Vs], ids in the LM's vocabulary
+
     def __init__(self, embeddings: Tensor, ids: Tensor) -> None:
         super().__init__()
-        self.register_buffer("embeddings", embeddings.float(), persistent=False)  # [Vs, D]
+        self.register_buffer("embeddings", embeddings.float(), persistent=False)
         self.register_buffer("unit", F.normalize(embeddings.float(), dim=-1), persistent=False)
-        self.register_buffer("ids", ids.long(), persistent=False)  # [Vs] ids in the LM's vocabulary
+        self.register_buffer("ids", ids.long(), persistent=False)
 
     def logits(self, h: Tensor) -> Tensor:
         """[.., D] -> [.., Vs], scaled cosine to every token of the vocabulary."""
@@ -76,6 +80,10 @@ class Connector(nn.Module):
         classifier_bias: [classes].
         class_names: [classes, name_slots] indices into the soft vocabulary.
     """
+
+    classifier: Tensor
+    classifier_bias: Tensor
+    class_names: Tensor
 
     def __init__(
         self,
@@ -215,6 +223,9 @@ class RagConnector(nn.Module):
         embeddings: the LM's token embeddings [V, D], frozen.
         codes: the compressor's codes of all of them [V, c], frozen once the compressor is.
     """
+
+    embeddings: Tensor
+    code_table: Tensor
 
     def __init__(
         self, shape: MemoryShape, vocabulary: SoftVocabulary, embeddings: Tensor, codes: Tensor

@@ -33,7 +33,7 @@ from transformers import LlamaForCausalLM
 from tinyalign.bank.errors import InputError
 from tinyalign.runtime.keys import KeyArrays, load_key_arrays, save_key_arrays
 from tinyalign.runtime.manifest import PromptSpec
-from tinyalign.training.lm import load_lm, load_tokenizer
+from tinyalign.training.lm import load_lm, load_tokenizer, token_table
 from tinyalign.training.modules import (
     Compressor,
     Connector,
@@ -68,7 +68,7 @@ class Parts:
     @property
     def embeddings(self) -> Tensor:
         """The LM's token embeddings [V, D], frozen."""
-        return self.lm.get_input_embeddings().weight
+        return token_table(self.lm)
 
     def round_to_half(self) -> None:
         """Round what was trained through fp16, as it is saved, so that every later use sees the
@@ -115,7 +115,7 @@ def build_parts(
     """Modules of these shapes around the fetched encoder and LM."""
     gguf = lm_gguf()
     lm, vision = load_lm(gguf), load_vision()
-    embeddings = lm.get_input_embeddings().weight.detach()
+    embeddings = token_table(lm)
     vocabulary = SoftVocabulary(embeddings[vocabulary_ids], vocabulary_ids)
     connector = Connector(
         connector_shape, vocabulary, vision.classifier.weight, vision.classifier.bias, class_names

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ from tinyalign.training.batch import (
 )
 from tinyalign.training.episodes import aligned_episode, draw_episode, rows_by_source
 from tinyalign.training.features import Record
+from tinyalign.training.lm import token_table
 from tinyalign.training.parts import Parts
 from tinyalign.training.recipe import Recipe, Stage
 from tinyalign.training.vocabulary import COLOURS, NUMBERS, PLACES, name_ids, word_id
@@ -61,7 +62,7 @@ class Run:
     world: World
     recipe: Recipe
     directory: Path
-    lm: nn.Module  # the LM as trained: with LoRA in fine-tuning
+    lm: LlamaForCausalLM | PeftModel  # the LM as trained: with LoRA in fine-tuning
     done: dict[str, int] = field(default_factory=dict)  # stage -> steps done
     log: list[dict[str, Any]] = field(default_factory=list)
     optimizer_state: dict[str, Any] | None = None
@@ -273,7 +274,7 @@ def train_reconstruct(run: Run) -> None:
             wanted, none, none, none, none, none, none, none,
         )  # fmt: skip
         with lm_arithmetic():
-            return answer_loss(run.lm, inputs, batch)
+            return answer_loss(base_of(run.lm), inputs, batch)
 
     groups = {"rag_connector": rag_parameters(parts)}
     train_stage(run, "reconstruct", stage, groups, loss_of)
@@ -357,9 +358,9 @@ def episodes_loss(run: Run, episodes: list[Episode], dropout: float = 0.0) -> Te
         return answer_loss(base_of(run.lm), inputs, batch)
 
 
-def base_of(lm: nn.Module) -> nn.Module:
+def base_of(lm: LlamaForCausalLM | PeftModel) -> LlamaForCausalLM:
     """The transformers model inside a peft model (LoRA layers included), or the model itself."""
-    return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    return cast(LlamaForCausalLM, lm.get_base_model()) if isinstance(lm, PeftModel) else lm
 
 
 @contextmanager
@@ -379,7 +380,7 @@ def for_training(lm: LlamaForCausalLM) -> LlamaForCausalLM:
     head = nn.Linear(
         lm.lm_head.in_features, lm.lm_head.out_features, bias=False, dtype=torch.bfloat16
     )
-    head.weight.data = lm.get_input_embeddings().weight.detach().to(torch.bfloat16)
+    head.weight.data = token_table(lm).to(torch.bfloat16)
     lm.lm_head = head
     return lm.requires_grad_(False)
 
@@ -404,7 +405,7 @@ def save_lora(run: Run, directory: Path) -> None:
     """Write the LoRA adapter (fp16, peft's format); nothing before fine-tuning."""
     if not isinstance(run.lm, PeftModel):
         return
-    run.lm.save_pretrained(directory, save_embedding_layers=False)  # else peft asks a hub
+    run.lm.save_pretrained(str(directory), save_embedding_layers=False)  # else peft asks a hub
     (directory / "README.md").unlink(missing_ok=True)
     path = directory / "adapter_model.safetensors"
     save_file({name: value.half() for name, value in load_file(path).items()}, path)

@@ -75,10 +75,11 @@ def memory_text(record: Record) -> str:
     return text + (f": {record.gloss}." if record.gloss else ".")
 
 
-def text_mean(parts: Parts, text: str) -> NDArray[np.float32] | None:
-    """Mean token embedding [D] of a text."""
+def text_mean(parts: Parts, text: str) -> NDArray[np.float32]:
+    """Mean token embedding [D] of a text that is not empty."""
     ids = encode_text(parts.tokenizer, text)
-    return parts.embeddings[list(ids)].float().mean(0).numpy() if ids else None
+    mean: NDArray[np.float32] = parts.embeddings[list(ids)].float().mean(0).numpy()
+    return mean
 
 
 def make_world(
