@@ -22,7 +22,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,7 +31,7 @@ from transformers import LlamaForCausalLM
 
 from tinyalign.bank.errors import InputError
 from tinyalign.runtime.keys import KeyArrays, load_key_arrays, save_key_arrays
-from tinyalign.runtime.manifest import PromptSpec
+from tinyalign.runtime.manifest import PromptSpec, from_dict
 from tinyalign.training.lm import load_lm, load_tokenizer, token_table
 from tinyalign.training.modules import (
     Compressor,
@@ -163,9 +162,9 @@ def load_parts(directory: Path = DEFAULT_WEIGHTS, merge_lora: bool = True) -> Pa
     except (OSError, ValueError) as error:
         raise InputError(f"{directory} holds no trained weights ({error})") from None
     parts = build_parts(
-        ConnectorShape(**description["connector"]),
-        MemoryShape(**description["memory"]),
-        prompt_from_json(description["prompt"]),
+        from_dict(ConnectorShape, description["connector"], "connector"),
+        from_dict(MemoryShape, description["memory"], "memory"),
+        from_dict(PromptSpec, description["prompt"], "prompt"),
         saved.pop("vocabulary_ids").long(),
         saved.pop("class_names").long(),
     )
@@ -182,15 +181,6 @@ def load_parts(directory: Path = DEFAULT_WEIGHTS, merge_lora: bool = True) -> Pa
     for module in (parts.connector, parts.compressor, parts.rag_connector, parts.lm):
         module.eval().requires_grad_(False)
     return parts
-
-
-def prompt_from_json(fields: dict[str, Any]) -> PromptSpec:
-    """A PromptSpec from the object that `save_parts` wrote."""
-    fields = dict(fields)
-    fields["image"] = tuple(fields["image"])
-    fields["similarity"] = tuple((word, float(floor)) for word, floor in fields["similarity"])
-    fields["stop"] = tuple(fields["stop"])
-    return PromptSpec(**fields)
 
 
 def copy_weights(source: Path, target: Path) -> None:
