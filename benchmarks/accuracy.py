@@ -1,6 +1,6 @@
 """How often the default model is right, on what it never saw: photographs, shapes, taught things.
 
-    python benchmarks/accuracy.py [--model DIR] [--json]
+    python benchmarks/accuracy.py [--model DIR] [--json [--answers]]
 
 photos   20 labelled ImageNet photographs (from PyPI's foolbox): the encoder's own top-1 is the
 bound looks    held-out scenes and easy-vqa's test pictures: colour, count, position, yes/no, shape
@@ -237,6 +237,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, help="model directory (default: the default model)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--answers", action="store_true", help="with --json: every answer too")
     arguments = parser.parse_args()
     model = TinyAlign.load(arguments.model)
     like = model.encode(np.zeros((64, 64, 3), np.uint8))
@@ -249,6 +250,9 @@ def main() -> None:
     ):
         print(f"{name} ...", file=sys.stderr, flush=True)
         result[name] = measure(model, like)
+    if not arguments.answers:
+        for table in result.values():
+            table.pop("answers", None)
     if arguments.json:
         print(json.dumps(result, indent=1))
         return

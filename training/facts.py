@@ -24,6 +24,20 @@ ONSETS = """
 VOWELS = """
     a e i o u ai au ee oo ou
 """.split()
+RUDE = (
+    "fuck",
+    "shit",
+    "cunt",
+    "dick",
+    "cock",
+    "nigg",
+    "fag",
+    "slut",
+    "twat",
+    "piss",
+    "tit",
+    "kike",
+)
 CODAS = [
     "",
     "",
@@ -294,10 +308,16 @@ UNSEEN_ATTRIBUTES = (
 
 def invented_name(rng: Random) -> str:
     """A name no language has, one to three syllables: "dorvan", "blickle"."""
-    syllables = rng.choices([1, 2, 3], weights=[2, 6, 2])[0]
-    parts = [rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(syllables)]
-    name = "".join(parts) + rng.choice(ENDINGS)
-    return name if len(name) > 3 else name + rng.choice(["lo", "bin", "dar"])
+    while True:
+        syllables = rng.choices([1, 2, 3], weights=[2, 6, 2])[0]
+        parts = [
+            rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(syllables)
+        ]
+        name = "".join(parts) + rng.choice(ENDINGS)
+        if len(name) < 4:
+            name += rng.choice(["lo", "bin", "dar"])
+        if not any(rude in name for rude in RUDE):
+            return name
 
 
 @dataclass(frozen=True)
