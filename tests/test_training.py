@@ -13,6 +13,7 @@ import tiny_model
 import torch
 from torch import Tensor
 
+from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.prompt import build_prompt, embed, encode_text
 from tinyalign.training import stages
 from tinyalign.training.batch import (
@@ -286,6 +287,14 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     stages.train_slots(second)
     assert not changed(snapshot(world.parts.connector), second.parts.connector)
     assert [entry["bits"] for entry in whole.log] == [entry["bits"] for entry in second.log]
+
+
+def test_a_run_is_not_continued_with_another_recipe(world: World, tmp_path: Path) -> None:
+    run = new_run(world, tmp_path)
+    stages.train_slots(run)
+    other = replace(RECIPE, seed=99)
+    with pytest.raises(InputError, match="another recipe"):
+        stages.load_checkpoint(stages.Run(world.parts, world, other, tmp_path, world.parts.lm))
 
 
 def test_saved_parts_load_again(

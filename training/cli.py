@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tinyalign.bank.errors import InputError, TinyAlignError
+from tinyalign.runtime.cli import Parser
 from tinyalign.runtime.threads import default_threads
 from tinyalign.training import stages
 from tinyalign.training.default_bank import build_bank
@@ -34,10 +36,11 @@ directory for `tinyalign-export --weights`."""
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        "tinyalign-train",
+    made = Parser(
+        prog="tinyalign-train",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     made.add_argument(
         "--out",
@@ -105,6 +108,7 @@ def train(recipe: Recipe, directory: Path, until: str) -> None:
         stages.train_finetune(run)
     parts.round_to_half()
     weights = directory / "weights"
+    shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run
     save_parts(parts, weights)
     stages.save_lora(run, weights / "lora")
     build_bank(world, weights / "bank.sqlite")

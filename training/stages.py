@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from tinyalign.bank.errors import InputError
 from tinyalign.runtime.prompt import encode_template
 from tinyalign.training.batch import (
     Batch,
@@ -424,6 +425,7 @@ def save_checkpoint(run: Run, optimizer: dict[str, Any] | None) -> None:
     run.directory.mkdir(parents=True, exist_ok=True)
     parts = run.parts
     state = {
+        "recipe": repr(run.recipe),
         "done": run.done,
         "log": run.log,
         "connector": parts.connector.state_dict(),
@@ -439,11 +441,19 @@ def save_checkpoint(run: Run, optimizer: dict[str, Any] | None) -> None:
 
 
 def load_checkpoint(run: Run) -> None:
-    """Continue a run where its checkpoint is; nothing happens where there is none."""
+    """Continue a run where its checkpoint is; nothing happens where there is none.
+
+    Raises InputError when the checkpoint is of another recipe.
+    """
     path = run.directory / "checkpoint.pt"
     if not path.exists():
         return
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["recipe"] != repr(run.recipe):
+        raise InputError(
+            f"{run.directory} holds a run of another recipe (seed, steps or shapes differ): "
+            "continue it as it was started, or choose another --out"
+        )
     run.done, run.log, run.optimizer_state = state["done"], state["log"], state["optimizer"]
     run.parts.connector.load_state_dict(state["connector"])
     run.parts.compressor.load_state_dict(state["compressor"])
