@@ -31,7 +31,14 @@ ASKED = (
     ("pumpkin.png", "What colour is it?", ("orange",)),
     ("three_pears.png", "How many things are there?", ("three",)),
 )
-FACT = "This is a zorvin. Its owner is Mira."
+LESSONS = (  # picture, invented name, fact, question, its answer
+    ("octopus.webp", "zorvin", "Its owner is Mira.", "Who is the owner?", "Mira"),
+    ("scissors.png", "blemmer", "Its part number is KX-204.", "What is its part number?", "KX-204"),
+    ("guitar.png", "torvane", "It is kept in the attic.", "Where is it kept?", "attic"),
+    ("pumpkin.png", "quandle", "It costs 45 euros.", "How much does it cost?", "45 euros"),
+    ("rocket.jpg", "felgor", "It was made by Nordal.", "Who made it?", "Nordal"),
+    ("coffee.jpg", "drimble", "It weighs 300 grams.", "What does it weigh?", "300 grams"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,26 +81,32 @@ def test_answers(name: str, question: str, right: tuple[str, ...], model: TinyAl
 
 def another_view(path: Path) -> Image.Image:
     """The thing mirrored, smaller and before another background."""
-    thing = ImageOps.mirror(Image.open(path).convert("RGBA")).resize((150, 150))
+    thing = ImageOps.mirror(Image.open(path).convert("RGBA"))
+    thing.thumbnail((150, 150))
     canvas = Image.new("RGBA", (260, 220), (214, 226, 240, 255))
     canvas.alpha_composite(thing, (70, 40))
     return canvas
 
 
-def test_taught_once_it_knows_name_and_fact(model: TinyAlign, tmp_path: Path) -> None:
-    thing = PICTURES / "octopus.webp"
+def test_taught_by_one_example_it_knows_names_and_facts(model: TinyAlign, tmp_path: Path) -> None:
     manifest, keys = model.parts.manifest, model.parts.keys
     path = tmp_path / "mine.sqlite"
+    texts = [f"This is a {name}. {fact}" for _, name, fact, _, _ in LESSONS]
     with Bank.create(path, manifest.fingerprint, keys.width, manifest.compressor.width) as bank:
-        bank.add([model.memory(thing, FACT)])
-    picture = another_view(thing)
+        bank.add(
+            model.memory(PICTURES / lesson[0], text)
+            for lesson, text in zip(LESSONS, texts, strict=True)
+        )
+    names = facts = 0
     with TinyAlign.load(MODEL, banks=["default", path]) as taught:
-        named = taught.ask(picture, "What is this?")
-        owned = taught.ask(picture, "Who owns it?")
-    assert named.memories[0].bank == "mine" and named.memories[0].text == FACT
-    assert "zorvin" in named.text
-    assert "Mira" in owned.text
-    assert "zorvin" not in model.ask(picture, "What is this?").text
+        for (file, name, _, question, value), text in zip(LESSONS, texts, strict=True):
+            picture = taught.encode(another_view(PICTURES / file))
+            named = taught.ask(picture, "What is this?")
+            assert (named.memories[0].bank, named.memories[0].text) == ("mine", text)
+            names += name in named.text
+            facts += value in taught.ask(picture, question).text
+            assert name not in model.ask(picture, "What is this?").text
+    assert names >= len(LESSONS) - 1 and facts >= len(LESSONS) - 1
 
 
 def test_no_memory_is_the_same_as_no_bank(model: TinyAlign) -> None:
@@ -120,7 +133,8 @@ def test_the_default_bank_holds_no_example_and_no_held_out_picture(model: TinyAl
 def test_fp32_export_gives_the_very_tokens_of_torch(tmp_path: Path) -> None:
     parts = load_parts()
     floats = Precisions("fp32", "fp32", "fp32", "fp32", "fp32")
-    write_components(parts, tmp_path, floats, lambda _: None)
+    pictures = [PICTURES / name for name in ALL]
+    write_components(parts, tmp_path, floats, pictures, lambda _: None)
     write_bank(parts, DEFAULT_WEIGHTS / "bank.sqlite", tmp_path / "bank.sqlite")
     write_manifest(parts, tmp_path, floats, {})
     with TinyAlign.load(tmp_path) as exported:
