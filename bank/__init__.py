@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tinyalign.bank.bank import Bank, search_banks
 from tinyalign.bank.errors import BankError, InputError, TinyAlignError
+from tinyalign.bank.health import Nearness, Report, Stats
 from tinyalign.bank.memory import Hit, Memory, NewMemory, content_hash
 
 __all__ = [
@@ -12,7 +13,10 @@ __all__ = [
     "Hit",
     "InputError",
     "Memory",
+    "Nearness",
     "NewMemory",
+    "Report",
+    "Stats",
     "TinyAlignError",
     "content_hash",
     "search_banks",

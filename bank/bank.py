@@ -19,9 +19,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tinyalign.bank import index
+from tinyalign.bank import health, index, transfer
 from tinyalign.bank.errors import BankError, InputError
-from tinyalign.bank.memory import Floats, Hit, Memory, Metadata, NewMemory, check_key, encode
+from tinyalign.bank.health import Report, Stats
+from tinyalign.bank.memory import (
+    Floats,
+    Hit,
+    Memory,
+    Metadata,
+    NewMemory,
+    check_key,
+    check_text,
+    encode,
+    hash_bytes,
+    metadata_json,
+)
 from tinyalign.bank.store import Header, Store, create_store, open_store
 
 
@@ -130,6 +142,10 @@ class Bank:
         """
         self._store.seal()
 
+    def compact(self) -> None:
+        """Give the space of removed memories back to the file system."""
+        self._store.compact()
+
     def add(self, memories: Iterable[NewMemory]) -> builtins.list[int]:
         """Add memories and return their ids, in order; all of them or, on an error, none.
 
@@ -152,12 +168,44 @@ class Bank:
             raise InputError(f"{self.path} has no memory {number}")
         return found[number]
 
+    def find(self, content_hash: str) -> int | None:
+        """The id of the memory with this content hash (hex), or None."""
+        return self._store.find(hash_bytes(content_hash))
+
     def list(self, where: Metadata | None = None) -> builtins.list[Memory]:
         """All memories, by id, or those whose metadata has every name and value in ``where``.
 
         A string in ``where`` also matches the number or bool it spells: "5" finds 5 and "5".
         """
         return self._store.memories(where)
+
+    def update(
+        self,
+        id: int,
+        *,
+        source: str | None = None,
+        metadata: Metadata | None = None,
+        thumbnail: bytes | None = None,
+    ) -> None:
+        """Change what is given of a memory; ``metadata`` replaces all there is.
+
+        Another text or picture means another key and other latents: ``replace`` is for that.
+        """
+        self._store.update(
+            operator.index(id),
+            None if source is None else check_text(source, "source"),
+            None if metadata is None else metadata_json(metadata),
+            thumbnail,
+        )
+
+    def replace(self, id: int, memory: NewMemory) -> int:
+        """Put another memory in the place of one, in one step; returns its id.
+
+        Keys never change in a bank, so the id is a new one unless the key is the same. InputError
+        if a third memory has that content hash.
+        """
+        row = encode(memory, self.key_width, self.latent_width)
+        return self._store.replace(operator.index(id), row, memory.thumbnail)
 
     def remove(self, ids: Iterable[int]) -> None:
         """Remove memories; an id that does not exist raises InputError and none is removed."""
@@ -182,6 +230,34 @@ class Bank:
         found = snapshot.search(query, k, allowed, exclude)
         memories = self._store.memories_by_id([number for number, _ in found])
         return [self._hit(memories[number], score) for number, score in found if number in memories]
+
+    def merge(self, other: Bank) -> int:
+        """Add all memories of another bank, in one step; returns how many were not known yet."""
+        if other.fingerprint != self.fingerprint:
+            raise BankError(
+                f"{other.path} and {self.path} were made for different models (fingerprints "
+                f"{other.fingerprint[:12]} and {self.fingerprint[:12]})"
+            )
+        if self.path.resolve() == other.path.resolve():
+            raise InputError(f"{self.path} cannot be merged into itself")
+        with other._store.reading():
+            return self._store.copy((row, small) for _, row, small in other._store.rows())
+
+    def export(self, directory: str | os.PathLike[str]) -> int:
+        """Write all memories to a new folder as JSONL and thumbnails; returns how many."""
+        return transfer.export_bank(self._store, Path(directory))
+
+    def import_folder(self, directory: str | os.PathLike[str]) -> int:
+        """Add what ``export`` wrote, in one step; returns how many were not known yet."""
+        return transfer.import_bank(self._store, Path(directory))
+
+    def stats(self) -> Stats:
+        """The bank in numbers."""
+        return health.stats(self._store)
+
+    def verify(self) -> Report:
+        """Read the whole bank and say what is wrong with it."""
+        return health.verify(self._store)
 
     def reindex(self) -> None:
         """Build the search index anew; searching does so by itself where it is needed."""

@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,9 @@ SIDECAR_BYTES = 4096
 ROWS_AT_ONCE = 8192
 
 Ids = NDArray[np.int64]
+# exact: no graph is used. cached: a graph that fits lies beside the bank. missing, stale: there is
+# none, or one that is damaged or of another bank; the next search builds it.
+IndexState: TypeAlias = Literal["exact", "cached", "missing", "stale"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +146,15 @@ def build_graph(ids: Ids, keys: Floats) -> Graph:
     index.set_ef(SEARCH_EFFORT)
     index.add_items(keys, ids, num_threads=_threads())
     return Graph(index, ids)
+
+
+def state(store: Store) -> IndexState:
+    """How the bank would be searched now (see ``IndexState``); loads and builds nothing."""
+    if hnswlib is None or store.count() <= EXACT_LIMIT:
+        return "exact"
+    if not cache_files(store.path)[0].exists():
+        return "missing"
+    return "cached" if _trusted(store) is not None else "stale"
 
 
 def cache_files(path: Path) -> tuple[Path, Path]:
@@ -248,11 +260,28 @@ def _load(store: Store) -> Graph | None:
     """The cached graph of this very bank, or None if there is none that can be trusted."""
     if hnswlib is None or store.count() <= EXACT_LIMIT:
         return None
+    file, _ = cache_files(store.path)
+    try:
+        before = _identity(file)
+        binding = _trusted(store)
+        if binding is None:
+            return None
+        index = hnswlib.Index(space="ip", dim=store.header.key_width)
+        index.load_index(str(file))
+        if before != _identity(file) or index.get_current_count() != binding.count:
+            return None
+    except (OSError, RuntimeError):
+        return None
+    index.set_ef(SEARCH_EFFORT)
+    return Graph(index, np.sort(np.array(index.get_ids_list(), np.int64)))
+
+
+def _trusted(store: Store) -> _Binding | None:
+    """What the cache file is bound to, if that is this program and this bank."""
     file, sidecar = cache_files(store.path)
     try:
         with sidecar.open("rb") as stream:
             binding = _Binding(**json.loads(stream.read(SIDECAR_BYTES)))
-        before = _identity(file)
         expected = _Binding(
             CACHE_FORMAT,
             _writer(),
@@ -262,16 +291,10 @@ def _load(store: Store) -> Graph | None:
             binding.count,
             *_digest(file),
         )
-        if binding != expected or not store.knows(Generation(binding.generation, binding.token)):
-            return None
-        index = hnswlib.Index(space="ip", dim=store.header.key_width)
-        index.load_index(str(file))
-        if before != _identity(file) or index.get_current_count() != binding.count:
-            return None
-    except (OSError, ValueError, TypeError, RecursionError, RuntimeError):
+        known = store.knows(Generation(binding.generation, binding.token))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    index.set_ef(SEARCH_EFFORT)
-    return Graph(index, np.sort(np.array(index.get_ids_list(), np.int64)))
+    return binding if binding == expected and known else None
 
 
 def _digest(file: Path) -> tuple[int, str]:

@@ -90,8 +90,8 @@ def encode(memory: NewMemory, key_width: int, latent_width: int) -> Row:
     """Check a new memory and turn it into a row; what cannot be stored raises InputError."""
     key = check_key(memory.key, key_width).astype("<f2").tobytes()
     latents, scales = quantize(_check_latents(memory.latents, latent_width))
-    text = _check_text(memory.text, "text")
-    digest = _hash_bytes(memory.content_hash) or hashlib.sha256(key + text.encode()).digest()
+    text = check_text(memory.text, "text")
+    digest = hash_bytes(memory.content_hash) or hashlib.sha256(key + text.encode()).digest()
     if not text.strip():
         raise InputError("the text is empty: a memory needs a text")
     if memory.thumbnail is not None and not isinstance(memory.thumbnail, bytes):
@@ -102,8 +102,24 @@ def encode(memory: NewMemory, key_width: int, latent_width: int) -> Row:
         latents=latents.tobytes(),
         scales=scales.tobytes(),
         text=text,
-        source=_check_text(memory.source, "source"),
-        metadata=_metadata_json(memory.metadata),
+        source=check_text(memory.source, "source"),
+        metadata=metadata_json(memory.metadata),
+    )
+
+
+def check_row(row: Row, key_width: int, latent_width: int) -> None:
+    """Check a row that comes from outside; what a bank cannot hold raises InputError."""
+    try:
+        key = decode_key(row.key, key_width)
+        latents = decode_latents(row.latents, row.scales, latent_width)
+        metadata = decode_metadata(row.metadata)
+    except ValueError as error:
+        raise InputError(f"the vectors do not fit together or the bank ({error})") from None
+    digest = row.content_hash.hex()
+    encode(
+        NewMemory(key, latents, row.text, row.source, metadata, None, digest),
+        key_width,
+        latent_width,
     )
 
 
@@ -184,7 +200,8 @@ def _floats(values: Any, what: str) -> Floats:
     return array
 
 
-def _check_text(text: object, what: str) -> str:
+def check_text(text: object, what: str) -> str:
+    """A string that can be stored as UTF-8; else InputError."""
     if not isinstance(text, str):
         raise InputError(f"the {what} is {type(text).__name__}, not text")
     try:
@@ -194,7 +211,8 @@ def _check_text(text: object, what: str) -> str:
     return text
 
 
-def _hash_bytes(text: str) -> bytes:
+def hash_bytes(text: str) -> bytes:
+    """A hex SHA-256 as 32 bytes, nothing as nothing; else InputError."""
     try:
         digest = bytes.fromhex(text)
     except (TypeError, ValueError):
@@ -204,11 +222,12 @@ def _hash_bytes(text: str) -> bytes:
     return digest
 
 
-def _metadata_json(metadata: Metadata) -> str:
+def metadata_json(metadata: Metadata) -> str:
+    """A mapping of names to strings, finite numbers or bools as JSON; else InputError."""
     if not isinstance(metadata, Mapping):
         raise InputError(f"the metadata is {type(metadata).__name__}, not a mapping")
     for name, value in metadata.items():
         check_value(name, value)
-        _check_text(name, "metadata")
-        _check_text(str(value), "metadata")
+        check_text(name, "metadata")
+        check_text(str(value), "metadata")
     return json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True, separators=(",", ":"))

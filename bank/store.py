@@ -4,7 +4,7 @@ A working bank is in WAL mode, so others read while one writes. A sealed bank (`
 in rollback-journal mode: a single clean file that can be shipped and read from a read-only
 directory. Opening never changes the mode.
 
-Rows are never changed in place and ids are never used again, so whatever was derived from an id
+Keys are never changed in place and ids are never used again, so whatever was derived from an id
 (the search index) stays true until the id is gone.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ APPLICATION_ID = 0x7441424B  # "tABK" in SQLite's application_id
 MAX_WIDTH = 65_536
 GENERATIONS_KEPT = 1000  # an index older than this many write transactions is rebuilt
 IDS_PER_QUERY = 500
+INTEGRITY_PROBLEMS = 10  # of the file, as SQLite reports them
 
 SCHEMA = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
@@ -134,6 +135,13 @@ class Store:
             if pragma(self._connection, "journal_mode = DELETE") != "delete":
                 raise BankError(f"{self.path} cannot be sealed while another process has it open")
 
+    def compact(self) -> None:
+        """Give the space of removed memories back to the file system; the mode stays as it is."""
+        self._check_writable()
+        with self._lock, explained(self.path):
+            self._connection.execute("VACUUM")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Everything read inside belongs to one state of the bank."""
@@ -193,6 +201,43 @@ class Store:
             found |= {m.id: m for m in self._memories(f" WHERE m.id IN ({marks})", part)}
         return found
 
+    def find(self, content_hash: bytes) -> int | None:
+        """The id of the memory with this content hash, or None."""
+        rows = self._rows("SELECT id FROM memories WHERE content_hash = ?", (content_hash,))
+        return int(rows[0][0]) if rows else None
+
+    def rows(self) -> Iterator[tuple[int, Row, bytes | None]]:
+        """Every memory as it is stored, by id, with its thumbnail; BankError at a damaged one."""
+        after = -1
+        join = "FROM memories m LEFT JOIN thumbnails t ON t.id = m.id"
+        query = f"SELECT {COLUMNS}, t.image {join} WHERE m.id > ? ORDER BY m.id LIMIT ?"
+        while part := self._rows(query, (after, IDS_PER_QUERY)):
+            for row in part:
+                self._decode(row)
+                yield row[0], Row(*row[1:-1]), row[-1]
+            after = part[-1][0]
+
+    def thumbnail_count(self) -> int:
+        """How many memories have a thumbnail."""
+        return int(self._rows("SELECT count(*) FROM thumbnails")[0][0])
+
+    def problems(self) -> list[str]:
+        """What is wrong with the file and its rows, one line each; empty if all is well."""
+        checked = self._rows(f"PRAGMA integrity_check({INTEGRITY_PROBLEMS})")
+        found = [f"the file: {line}" for (line,) in checked if line != "ok"]
+        for (number,) in self._rows("SELECT id FROM memories ORDER BY id"):
+            try:
+                key = self.memories_by_id([number])[number].key
+                codec.check_key(key, self.header.key_width)
+            except KeyError:
+                continue  # removed meanwhile
+            except InputError as error:
+                reason = "" if isinstance(error, BankError) else f" ({error})"
+                found.append(f"memory {number} cannot be read{reason}")
+        query = "SELECT id FROM thumbnails WHERE id NOT IN (SELECT id FROM memories)"
+        found += [f"thumbnail {number} belongs to no memory" for (number,) in self._rows(query)]
+        return found
+
     # --- writing ---------------------------------------------------------------------------
 
     def add(self, rows: Sequence[tuple[Row, bytes | None]]) -> list[int]:
@@ -200,36 +245,88 @@ class Store:
         self._check_writable()
         with self._transaction("BEGIN IMMEDIATE"):
             before = self._connection.total_changes
-            ids = [self._add_one(row, thumbnail) for row, thumbnail in rows]
+            ids = [self._add_one(row, thumbnail)[0] for row, thumbnail in rows]
             if self._connection.total_changes != before:
                 _next_generation(self._connection)
         return ids
+
+    def copy(self, rows: Iterable[tuple[Row, bytes | None]]) -> int:
+        """Add checked (row, thumbnail) pairs in one transaction; how many were not known yet."""
+        self._check_writable()
+        with self._transaction("BEGIN IMMEDIATE"):
+            added = sum(self._add_one(row, thumbnail)[1] for row, thumbnail in rows)
+            if added:
+                _next_generation(self._connection)
+        return added
+
+    def update(
+        self, number: int, source: str | None, metadata: str | None, thumbnail: bytes | None
+    ) -> None:
+        """Change what is given (not None) of one memory in place."""
+        self._check_writable()
+        with self._transaction("BEGIN IMMEDIATE"):
+            query = (
+                "UPDATE memories SET source = coalesce(?, source), "
+                "metadata = coalesce(?, metadata) WHERE id = ?"
+            )
+            if not self._connection.execute(query, (source, metadata, number)).rowcount:
+                raise self._unknown(number)
+            self._set_thumbnail(number, thumbnail)
+            _next_generation(self._connection)
+
+    def replace(self, number: int, row: Row, thumbnail: bytes | None) -> int:
+        """Put another memory in the place of one; its id, a new one if the key is another."""
+        self._check_writable()
+        with self._transaction("BEGIN IMMEDIATE"):
+            execute = self._connection.execute
+            old = execute("SELECT key FROM memories WHERE id = ?", (number,)).fetchone()
+            if old is None:
+                raise self._unknown(number)
+            query = "SELECT id FROM memories WHERE content_hash = ? AND id <> ?"
+            if twin := execute(query, (row.content_hash, number)).fetchone():
+                raise InputError(f"memory {twin[0]} of {self.path} has that picture and text")
+            if old[0] == row.key:
+                columns = ",".join(f"{name} = ?" for name in Row._fields)
+                execute(f"UPDATE memories SET {columns} WHERE id = ?", (*row, number))
+                self._set_thumbnail(number, thumbnail)
+            else:
+                self._remove_one(number)
+                number, _ = self._add_one(row, thumbnail)
+            _next_generation(self._connection)
+        return number
 
     def remove(self, ids: Sequence[int]) -> None:
         """Remove memories in one transaction; an id that does not exist removes none of them."""
         self._check_writable()
         with self._transaction("BEGIN IMMEDIATE"):
             for number in ids:
-                if not self._connection.execute(
-                    "DELETE FROM memories WHERE id = ?", (number,)
-                ).rowcount:
-                    raise InputError(f"{self.path} has no memory {number}")
-                self._connection.execute("DELETE FROM thumbnails WHERE id = ?", (number,))
+                self._remove_one(number)
             if ids:
                 _next_generation(self._connection)
 
     # --- inside ----------------------------------------------------------------------------
 
-    def _add_one(self, row: Row, thumbnail: bytes | None) -> int:
+    def _add_one(self, row: Row, thumbnail: bytes | None) -> tuple[int, bool]:
+        """The memory's id, and whether it is new."""
         execute = self._connection.execute
         query = "SELECT id FROM memories WHERE content_hash = ?"
         if known := execute(query, (row.content_hash,)).fetchone():
-            return int(known[0])
+            return int(known[0]), False
         marks = ",".join("?" * len(row))
         cursor = execute(f"INSERT INTO memories ({','.join(Row._fields)}) VALUES ({marks})", row)
+        number = int(cursor.lastrowid or 0)
+        self._set_thumbnail(number, thumbnail)
+        return number, True
+
+    def _remove_one(self, number: int) -> None:
+        if not self._connection.execute("DELETE FROM memories WHERE id = ?", (number,)).rowcount:
+            raise self._unknown(number)
+        self._connection.execute("DELETE FROM thumbnails WHERE id = ?", (number,))
+
+    def _set_thumbnail(self, number: int, thumbnail: bytes | None) -> None:
         if thumbnail is not None:
-            execute("INSERT INTO thumbnails VALUES (?, ?)", (cursor.lastrowid, thumbnail))
-        return int(cursor.lastrowid or 0)
+            query = "INSERT OR REPLACE INTO thumbnails VALUES (?, ?)"
+            self._connection.execute(query, (number, thumbnail))
 
     def _memories(self, condition: str, values: Sequence[Value]) -> list[Memory]:
         join = "FROM memories m LEFT JOIN thumbnails t ON t.id = m.id"
@@ -256,7 +353,7 @@ class Store:
         except (TypeError, ValueError, AttributeError, RecursionError):
             raise self._damaged(number) from None
 
-    def _rows(self, query: str, values: Sequence[Value] = ()) -> list[tuple[Any, ...]]:
+    def _rows(self, query: str, values: Sequence[Value | bytes] = ()) -> list[tuple[Any, ...]]:
         with self._lock, explained(self.path):
             return self._connection.execute(query, values).fetchall()
 
@@ -275,6 +372,9 @@ class Store:
     def _check_writable(self) -> None:
         if self.read_only:
             raise BankError(f"{self.path} is open for reading only")
+
+    def _unknown(self, number: int) -> InputError:
+        return InputError(f"{self.path} has no memory {number}")
 
     def _damaged(self, number: int) -> BankError:
         return BankError(f"{self.path} is damaged: memory {number} cannot be read")

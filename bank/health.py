@@ -1,0 +1,100 @@
+"""What a bank is like and whether it is sound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinyalign.bank import index
+from tinyalign.bank.index import IndexState
+from tinyalign.bank.store import Store
+
+SAMPLE = 200  # memories whose nearest other memory is looked for
+ROWS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """How near the nearest other memory comes: percentiles of the score over a sample."""
+
+    p10: float
+    p50: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A bank in numbers."""
+
+    name: str
+    fingerprint: str  # what it was made for: encoder, preprocessing, key recipe, compressor
+    key_width: int
+    latent_width: int
+    memories: int
+    thumbnails: int
+    file_bytes: int  # of the bank file and what SQLite keeps beside it
+    bytes_per_memory: float  # 0 for an empty bank
+    index: IndexState
+    index_bytes: int  # of the cache beside it
+    nearest: Nearness | None  # None below two memories
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``Bank.verify`` found; ``problems`` is empty for a sound bank."""
+
+    memories: int
+    index: IndexState  # "stale" and "missing" are no problem: the index is built again
+    problems: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether there are no problems."""
+        return not self.problems
+
+
+def stats(store: Store) -> Stats:
+    """Count and measure; reads all keys."""
+    header, count = store.header, store.count()
+    size = sum(_bytes(store.path.with_name(store.path.name + end)) for end in ("", "-wal"))
+    return Stats(
+        name=header.name,
+        fingerprint=header.fingerprint,
+        key_width=header.key_width,
+        latent_width=header.latent_width,
+        memories=count,
+        thumbnails=store.thumbnail_count(),
+        file_bytes=size,
+        bytes_per_memory=size / count if count else 0.0,
+        index=index.state(store),
+        index_bytes=sum(map(_bytes, index.cache_files(store.path))),
+        nearest=_nearness(store),
+    )
+
+
+def verify(store: Store) -> Report:
+    """Read everything there is: the file's structure, every memory, the index cache."""
+    return Report(store.count(), index.state(store), tuple(store.problems()))
+
+
+def _nearness(store: Store) -> Nearness | None:
+    _, keys = store.keys()
+    if len(keys) < 2:
+        return None
+    sample = np.unique(np.linspace(0, len(keys) - 1, SAMPLE).astype(np.int64))
+    best = np.full(len(sample), -np.inf, np.float32)
+    for start in range(0, len(keys), ROWS_AT_ONCE):
+        scores = keys[sample] @ keys[start : start + ROWS_AT_ONCE].T  # [S, rows]
+        here = (sample >= start) & (sample < start + ROWS_AT_ONCE)
+        scores[here, sample[here] - start] = -np.inf  # not with itself
+        best = np.maximum(best, scores.max(axis=1))
+    return Nearness(*(float(value) for value in np.percentile(best, [10, 50, 90])))
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,166 @@
+"""A bank as a folder that people and other programs can read: JSONL and thumbnails.
+
+    bank.json           what the bank was made for
+    memories.jsonl      one memory a line, by id; vectors as base64 of the stored bytes
+    thumbnails/ID.webp  the pictures (whatever their encoding: the name is only for people)
+
+Everything but the ids comes back bit for bit; ids belong to one file.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tinyalign.bank.errors import BankError, InputError
+from tinyalign.bank.memory import Row, check_row, check_text, decode_metadata, metadata_json
+from tinyalign.bank.store import FORMAT, Header, Store
+
+HEADER = "bank.json"
+MEMORIES = "memories.jsonl"
+THUMBNAILS = "thumbnails"
+
+
+def export_bank(store: Store, directory: Path) -> int:
+    """Write all memories to a new folder, whole or not at all; returns how many there are."""
+    if directory.exists():
+        raise InputError(f"{directory} already exists")
+    if not directory.parent.is_dir():
+        raise InputError(f"there is no directory {directory.parent}")
+    temporary = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
+    try:
+        count = _write(store, temporary)
+        temporary.chmod(0o755)
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return count
+
+
+def read_header(directory: Path) -> Header:
+    """What an exported folder's bank was made for; BankError if the folder is none."""
+    try:
+        data = json.loads((directory / HEADER).read_text("utf-8"))
+        version = data.pop("format")
+        if isinstance(version, int) and version > FORMAT:
+            raise BankError(f"{directory} has bank format {version}, newer than {FORMAT}")
+        return Header(**data)
+    except OSError as error:
+        raise BankError(f"{directory} is no exported bank: {HEADER}: {error.strerror}") from None
+    except BankError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BankError(f"{directory / HEADER} is not the header of an exported bank") from None
+
+
+def import_bank(store: Store, directory: Path) -> int:
+    """Add all memories of an exported folder, in one step; returns how many were not known yet."""
+    made_for = read_header(directory).fingerprint
+    if made_for != store.header.fingerprint:
+        raise BankError(
+            f"{directory} was made for another model (fingerprint {made_for[:12]}, the bank's is "
+            f"{store.header.fingerprint[:12]})"
+        )
+    return store.copy(_read(directory, store.header))
+
+
+def _write(store: Store, directory: Path) -> int:
+    (directory / THUMBNAILS).mkdir()
+    header = {"format": FORMAT, **asdict(store.header)}
+    (directory / HEADER).write_text(
+        json.dumps(header, ensure_ascii=False, indent=2) + "\n", "utf-8"
+    )
+    count = 0
+    with (directory / MEMORIES).open("w", encoding="utf-8", newline="\n") as file, store.reading():
+        for number, row, thumbnail in store.rows():
+            line = _to_json(number, row)
+            if thumbnail is not None:
+                name = f"{THUMBNAILS}/{number}.webp"
+                (directory / name).write_bytes(thumbnail)
+                line["thumbnail"] = name
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    return count
+
+
+def _to_json(number: int, row: Row) -> dict[str, Any]:
+    vectors = {name: _base64(getattr(row, name)) for name in ("key", "latents", "scales")}
+    return {
+        "id": number,
+        "text": row.text,
+        "source": row.source,
+        "metadata": decode_metadata(row.metadata),
+        "content_hash": row.content_hash.hex(),
+        **vectors,
+    }
+
+
+def _read(directory: Path, header: Header) -> Iterator[tuple[Row, bytes | None]]:
+    path = directory / MEMORIES
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row, name = _from_json(json.loads(line))
+                    check_row(row, header.key_width, header.latent_width)
+                    yield row, None if name is None else _thumbnail(directory, name)
+                except (InputError, KeyError, TypeError, ValueError, RecursionError) as error:
+                    reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+                    raise InputError(f"{path}, line {number}: {reason}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _from_json(line: Any) -> tuple[Row, str | None]:
+    """A line's row, not yet checked, and the name of its thumbnail."""
+    if not isinstance(line, dict):
+        raise InputError("this is not a JSON object")
+    key, latents, scales = (_bytes(line[name], name) for name in ("key", "latents", "scales"))
+    row = Row(
+        content_hash=bytes.fromhex(line["content_hash"]),
+        key=key,
+        latents=latents,
+        scales=scales,
+        text=check_text(line["text"], "text"),
+        source=check_text(line["source"], "source"),
+        metadata=metadata_json(line["metadata"]),
+    )
+    if len(row.content_hash) != 32:
+        raise InputError("the content hash is not a hex SHA-256 (64 digits)")
+    return row, line.get("thumbnail")
+
+
+def _thumbnail(directory: Path, name: object) -> bytes:
+    """The picture's bytes; names lead into the folder of thumbnails only."""
+    folder, _, file = str(name).partition("/")
+    if folder != THUMBNAILS or not file or Path(file).name != file:
+        raise InputError(f"{name!r} is not a file in {THUMBNAILS}/")
+    try:
+        return (directory / THUMBNAILS / file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from None
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _bytes(text: object, name: str) -> bytes:
+    with contextlib.suppress(binascii.Error, ValueError):
+        if isinstance(text, str):
+            return base64.b64decode(text, validate=True)
+    raise InputError(f"{name} is not base64")

@@ -1,0 +1,408 @@
+"""The bank's verbs beyond adding and searching: change, merge, compact, verify, export, count."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from test_bank import DK, FINGERPRINT, D, clustered, fill, found, memory, statements
+
+from tinyalign.bank import Bank, BankError, InputError, Memory, content_hash, index
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "things.sqlite"
+
+
+def facts(bank: Bank) -> list[tuple[Any, ...]]:
+    """Everything about every memory but its id."""
+    return [contents(m) for m in bank.list()]
+
+
+def contents(m: Memory) -> tuple[Any, ...]:
+    vectors = (m.key.tobytes(), m.latents.tobytes())
+    return (*vectors, m.text, m.source, dict(m.metadata), m.thumbnail, m.content_hash)
+
+
+def various(path: Path, count: int = 8, seed: int = 0) -> None:
+    """A bank with everything a memory can hold."""
+    with Bank.create(path, FINGERPRINT, DK, D) as bank:
+        bank.add(
+            memory(
+                key,
+                f"thing {n}\nsecond line é 猫",
+                source=f"folder/{n}.jpg",
+                metadata={"n": n, "share": n / 3, "odd": n % 2 == 1, "owner": "Zoë"},
+                thumbnail=bytes([n, 0, 255]) if n % 3 else None,
+                content_hash=content_hash(bytes([n]), "thing") if n % 2 else "",
+            )
+            for n, key in enumerate(clustered(count, seed))
+        )
+
+
+# --- update and replace ----------------------------------------------------------------------
+
+
+def test_update_changes_what_is_given(path: Path) -> None:
+    various(path)
+    with Bank.open(path) as bank:
+        before = bank.list()
+        bank.update(3, metadata={"owner": "Ann"})
+        bank.update(4, source="elsewhere", thumbnail=b"new")
+        assert dict(bank.get(3).metadata) == {"owner": "Ann"}
+        assert (bank.get(4).source, bank.get(4).thumbnail) == ("elsewhere", b"new")
+        assert contents(bank.get(4))[:3] == contents(before[3])[:3]
+        assert bank.get(3).source == before[2].source
+        assert [m.id for m in bank.list({"owner": "Ann"})] == [3]
+        with pytest.raises(InputError, match="has no memory 99"):
+            bank.update(99, source="x")
+        with pytest.raises(InputError, match="NoneType, not text"):
+            bank.update(3, metadata={"a": None})
+        assert dict(bank.get(3).metadata) == {"owner": "Ann"}
+
+
+def test_replace_gives_a_new_id_for_a_new_key(path: Path) -> None:
+    keys = fill(path, 5)
+    other = clustered(1, seed=7)[0]
+    with Bank.open(path) as bank:
+        assert found(bank, keys[1], 1) == [2]
+        assert bank.replace(2, memory(other, "another")) == 6
+        assert found(bank, other, 1) == [6]
+        assert 2 not in found(bank, keys[1], 9)
+        assert bank.replace(6, memory(other, "better", thumbnail=b"t")) == 6
+        assert (bank.get(6).text, bank.get(6).thumbnail, len(bank)) == ("better", b"t", 5)
+        with pytest.raises(InputError, match="has no memory 2"):
+            bank.replace(2, memory(other, "x"))
+        bank.add([memory(keys[1], "twin", content_hash="12" * 32)])
+        with pytest.raises(InputError, match=r"memory 7 of .* has that picture and text"):
+            bank.replace(1, memory(keys[2], "twin", content_hash="12" * 32))
+        with pytest.raises(InputError, match="empty"):
+            bank.replace(1, memory(other, " "))
+        assert bank.get(1).text == "thing 0"
+
+
+def test_another_process_sees_the_change(path: Path) -> None:
+    fill(path, 3)
+    with Bank.open(path) as writer, Bank.open(path, read_only=True) as reader:
+        assert reader.search(clustered(1)[0], 1)[0].text
+        key = clustered(1, seed=5)[0]
+        new = writer.replace(1, memory(key, "changed"))
+        assert [(hit.id, hit.text) for hit in reader.search(key, 1)] == [(new, "changed")]
+
+
+def test_find_by_content(path: Path) -> None:
+    various(path)
+    with Bank.open(path) as bank:
+        assert bank.find(bank.get(4).content_hash) == 4
+        assert bank.find("00" * 32) is None
+        with pytest.raises(InputError, match="hash"):
+            bank.find("xyz")
+
+
+# --- merge -----------------------------------------------------------------------------------
+
+
+def test_merge_adds_what_is_not_known(path: Path, tmp_path: Path) -> None:
+    various(path)
+    shutil.copy(path, tmp_path / "other.sqlite")
+    with Bank.open(path) as bank, Bank.open(tmp_path / "other.sqlite") as other:
+        bank.remove([2, 5])
+        other.remove([1])
+        removed = [contents(other.get(number)) for number in (2, 5)]
+        assert bank.merge(other) == 2
+        assert facts(bank)[-2:] == removed
+        assert bank.merge(other) == 0
+        assert len(bank) == 8
+
+
+def test_merge_refuses(path: Path, tmp_path: Path) -> None:
+    various(path)
+    with Bank.open(path) as bank:
+        with pytest.raises(InputError, match="into itself"), Bank.open(path) as same:
+            bank.merge(same)
+        with (
+            Bank.create(tmp_path / "b.sqlite", "cd" * 32, DK, D) as foreign,
+            pytest.raises(BankError, match="different models"),
+        ):
+            bank.merge(foreign)
+
+
+def test_merge_is_whole_or_not_at_all(path: Path, tmp_path: Path) -> None:
+    various(path, 4)
+    various(tmp_path / "bad.sqlite", 8, seed=1)
+    statements(tmp_path / "bad.sqlite", "UPDATE memories SET key = x'00' WHERE id = 7")
+    with Bank.open(path) as bank, Bank.open(tmp_path / "bad.sqlite") as bad:
+        before = facts(bank)
+        with pytest.raises(BankError, match="memory 7 cannot be read"):
+            bank.merge(bad)
+        assert facts(bank) == before
+
+
+# --- compact, verify, stats ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_compact_gives_space_back(path: Path, sealed: bool) -> None:
+    fill(path, 2000)
+    with Bank.open(path) as bank:
+        if sealed:
+            bank.seal()
+        bank.remove(range(1, 1990))
+        before, kept = bank.stats().file_bytes, facts(bank)
+        bank.compact()
+        assert bank.stats().file_bytes < before / 4
+        assert facts(bank) == kept
+        assert bank.add([memory(clustered(1, 9)[0], "new")]) == [2001]
+
+
+def test_verify(path: Path) -> None:
+    various(path)
+    with Bank.open(path, read_only=True) as bank:
+        report = bank.verify()
+    assert report.sound and (report.memories, report.index) == (8, "exact")
+    statements(
+        path,
+        "UPDATE memories SET scales = x'' WHERE id = 3",
+        f"UPDATE memories SET key = x'{'0040' * DK}' WHERE id = 5",
+        "INSERT INTO thumbnails VALUES (77, x'00')",
+    )
+    with Bank.open(path, read_only=True) as bank:
+        first, second, third = bank.verify().problems
+    assert first == "memory 3 cannot be read"
+    assert second.startswith("memory 5 cannot be read (the key has length 11.3")
+    assert third == "thumbnail 77 belongs to no memory"
+
+
+def test_verify_finds_a_torn_structure(path: Path) -> None:
+    fill(path, 200)
+    with Bank.open(path) as bank:
+        bank.seal()
+    data = bytearray(path.read_bytes())
+    data[-3 * 4096 : -4096] = bytes(2 * 4096)
+    path.write_bytes(data)
+    with Bank.open(path, read_only=True) as bank:
+        try:
+            assert not bank.verify().sound
+        except BankError as error:
+            assert "damaged" in str(error)
+
+
+def test_stats(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Bank.create(path, FINGERPRINT, DK, D) as bank:
+        empty = bank.stats()
+        assert (empty.memories, empty.bytes_per_memory, empty.nearest) == (0, 0, None)
+        keys = clustered(60)
+        bank.add(memory(k, f"{n}", thumbnail=b"t") for n, k in enumerate(keys))
+        stats = bank.stats()
+        assert (stats.name, stats.fingerprint) == ("things", FINGERPRINT)
+        assert (stats.key_width, stats.latent_width) == (DK, D)
+        assert (stats.memories, stats.thumbnails, stats.index) == (60, 60, "exact")
+        assert stats.bytes_per_memory == stats.file_bytes / 60 > 60
+        scores = keys @ keys.T
+        np.fill_diagonal(scores, -1)
+        assert stats.nearest is not None
+        assert stats.nearest.p50 == pytest.approx(np.median(scores.max(axis=1)), abs=5e-3)
+        assert stats.nearest.p10 <= stats.nearest.p50 <= stats.nearest.p90
+
+
+def test_index_states(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hnswlib")
+    monkeypatch.setattr(index, "EXACT_LIMIT", 100)
+    keys = fill(path, 150)
+    with Bank.open(path) as bank:
+        assert bank.stats().index == "missing"
+        bank.search(keys[0])
+        assert bank.stats().index == "cached" and bank.stats().index_bytes > 0
+        file, _ = index.cache_files(path)
+        file.write_bytes(file.read_bytes()[:-1])
+        assert bank.verify().index == "stale"
+        bank.reindex()
+        assert bank.verify() == bank.verify()
+        assert bank.stats().index == "cached"
+
+
+# --- export and import -----------------------------------------------------------------------
+
+
+def test_export_comes_back_bit_for_bit(path: Path, tmp_path: Path) -> None:
+    various(path)
+    with Bank.open(path) as bank:
+        bank.remove([3])
+        assert bank.export(tmp_path / "out") == 7
+        wanted = facts(bank)
+    lines = (tmp_path / "out" / "memories.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [1, 2, 4, 5, 6, 7, 8]
+    assert len(list((tmp_path / "out" / "thumbnails").iterdir())) == 4
+    with Bank.create(tmp_path / "back.sqlite", FINGERPRINT, DK, D) as back:
+        assert back.import_folder(tmp_path / "out") == 7
+        assert facts(back) == wanted
+        assert back.import_folder(tmp_path / "out") == 0
+        assert back.export(tmp_path / "again") == 7
+
+
+def test_export_replaces_nothing_and_leaves_nothing_half_done(path: Path, tmp_path: Path) -> None:
+    various(path)
+    (tmp_path / "full").mkdir()
+    statements(path, "UPDATE memories SET key = x'00' WHERE id = 7")
+    with Bank.open(path) as bank:
+        with pytest.raises(InputError, match="already exists"):
+            bank.export(tmp_path / "full")
+        with pytest.raises(InputError, match="no directory"):
+            bank.export(tmp_path / "no" / "where")
+        with pytest.raises(BankError, match="memory 7"):
+            bank.export(tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "things.sqlite"]
+
+
+def broken(name: str, value: object) -> Any:
+    def change(folder: Path) -> None:
+        lines = (folder / "memories.jsonl").read_text().splitlines()
+        line = json.loads(lines[5]) | {name: value}
+        lines[5] = json.dumps(line)
+        (folder / "memories.jsonl").write_text("\n".join(lines))
+
+    return change
+
+
+def header(**changes: object) -> Any:
+    def change(folder: Path) -> None:
+        data = json.loads((folder / "bank.json").read_text()) | changes
+        (folder / "bank.json").write_text(json.dumps(data))
+
+    return change
+
+
+BROKEN = {
+    "cut": (
+        lambda f: (f / "memories.jsonl").write_bytes((f / "memories.jsonl").read_bytes()[:-40]),
+        "line 8",
+    ),
+    "no file": (lambda f: (f / "memories.jsonl").unlink(), "No such file"),
+    "not UTF-8": (lambda f: (f / "memories.jsonl").write_bytes(b"\xff" * 9), "not UTF-8"),
+    "no header": (lambda f: (f / "bank.json").unlink(), "no exported bank"),
+    "bad header": (lambda f: (f / "bank.json").write_text("[]"), "not the header"),
+    "newer": (header(format=2), "format 2, newer than 1"),
+    "foreign": (header(fingerprint="cd" * 32), "another model"),
+    "no thumbnail": (lambda f: (f / "thumbnails" / "8.webp").unlink(), "line 8: thumbnails/8.webp"),
+    "outside": (broken("thumbnail", "../bank.json"), "line 6: '../bank.json' is not a file"),
+    "outside 2": (broken("thumbnail", "thumbnails/../bank.json"), "line 6"),
+    "key": (broken("key", "AAAA"), "line 6: the vectors"),
+    "no base64": (broken("key", "?"), "line 6: key is not base64"),
+    "scales": (broken("scales", ""), "line 6: the vectors"),
+    "text": (broken("text", " "), "line 6: the text is empty"),
+    "text a number": (broken("text", 5), "line 6: the text is int"),
+    "metadata": (broken("metadata", {"a": [1]}), "line 6: metadata 'a' is list"),
+    "hash": (broken("content_hash", "12"), "line 6: the content hash"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_adds_nothing(name: str, path: Path, tmp_path: Path) -> None:
+    various(path)
+    with Bank.open(path) as bank:
+        bank.export(tmp_path / "out")
+    change, message = BROKEN[name]
+    change(tmp_path / "out")
+    with Bank.create(tmp_path / "back.sqlite", FINGERPRINT, DK, D) as back:
+        with pytest.raises(InputError, match=message) as error:
+            back.import_folder(tmp_path / "out")
+        assert "\n" not in str(error.value)
+        assert len(back) == 0
+
+
+# --- against a dict --------------------------------------------------------------------------
+
+KEYS = clustered(12, seed=11)
+NUMBERS = st.integers(0, len(KEYS) - 1)
+
+
+class BankAgainstDict(RuleBasedStateMachine):
+    """Random verbs on a bank and on a dict of id -> (number of the key, text, metadata)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.bank = Bank.create(self.folder / "b.sqlite", FINGERPRINT, DK, D)
+        self.model: dict[int, tuple[int, str, dict[str, Any]]] = {}
+        self.last = 0
+
+    def teardown(self) -> None:
+        self.bank.close()
+        shutil.rmtree(self.folder)
+
+    def known(self, number: int, text: str) -> int | None:
+        return next((i for i, (n, t, _) in self.model.items() if (n, t) == (number, text)), None)
+
+    @rule(number=NUMBERS, text=st.sampled_from("abc"), owner=st.sampled_from(["Ann", "Zoë"]))
+    def add(self, number: int, text: str, owner: str) -> None:
+        expected = self.known(number, text)
+        if expected is None:
+            self.last = expected = self.last + 1
+            self.model[expected] = (number, text, {"owner": owner})
+        new = memory(KEYS[number], text, metadata={"owner": owner})
+        assert self.bank.add([new]) == [expected]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.model)))
+        self.bank.remove([number])
+        del self.model[number]
+        with pytest.raises(InputError):
+            self.bank.get(number)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), owner=st.sampled_from(["Ann", "Bo"]))
+    def update(self, data: st.DataObject, owner: str) -> None:
+        number = data.draw(st.sampled_from(sorted(self.model)))
+        self.bank.update(number, metadata={"owner": owner})
+        key, text, _ = self.model[number]
+        self.model[number] = (key, text, {"owner": owner})
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), key=NUMBERS, text=st.sampled_from("abcd"))
+    def replace(self, data: st.DataObject, key: int, text: str) -> None:
+        number = data.draw(st.sampled_from(sorted(self.model)))
+        new = replace(memory(KEYS[key], text), metadata={})
+        if self.known(key, text) not in (None, number):
+            with pytest.raises(InputError):
+                self.bank.replace(number, new)
+            return
+        expected = number
+        if key != self.model[number][0]:
+            self.last = expected = self.last + 1
+        assert self.bank.replace(number, new) == expected
+        del self.model[number]
+        self.model[expected] = (key, text, {})
+
+    @rule()
+    def compact(self) -> None:
+        self.bank.compact()
+
+    @rule()
+    def reopen(self) -> None:
+        self.bank.close()
+        self.bank = Bank.open(self.folder / "b.sqlite")
+
+    @invariant()
+    def the_same(self) -> None:
+        stored = {m.id: (m.text, dict(m.metadata)) for m in self.bank.list()}
+        assert stored == {i: (text, metadata) for i, (_, text, metadata) in self.model.items()}
+        scores = {i: KEYS[n].astype(np.float16) @ KEYS[0] for i, (n, _, _) in self.model.items()}
+        assert set(found(self.bank, KEYS[0], 99)) == set(scores)
+        ranked = [round(float(scores[i]), 3) for i in found(self.bank, KEYS[0], 99)]
+        assert ranked == sorted(ranked, reverse=True)
+
+
+TestBankAgainstDict = BankAgainstDict.TestCase
+TestBankAgainstDict.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
