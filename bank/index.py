@@ -84,7 +84,7 @@ class Snapshot:
             tail &= np.isin(self.tail_ids, allowed)
         if exclude:
             tail &= ~np.isin(self.tail_ids, list(exclude))
-        scores = self.tail_keys @ query
+        scores = _dots(self.tail_keys, query)
         ids, best = top(self.tail_ids[tail], scores[tail], k)
         if self.graph is not None:
             more_ids, more = _search_graph(self.graph, query, k, allowed, exclude)
@@ -207,7 +207,7 @@ def _search_graph(
     best_ids, best = ids[:0], np.empty(0, np.float32)
     for start in range(0, len(ids), ROWS_AT_ONCE):
         part = ids[start : start + ROWS_AT_ONCE]
-        scores = np.asarray(graph.index.get_items(part), np.float32) @ query
+        scores = _dots(np.asarray(graph.index.get_items(part), np.float32), query)
         best_ids, best = top(np.concatenate([best_ids, part]), np.concatenate([best, scores]), k)
     return best_ids, best
 
@@ -317,3 +317,13 @@ def _temporary(target: Path) -> Any:
         yield Path(name)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _dots(keys: Floats, query: Floats) -> Floats:
+    """Dot products f32 [T] of keys [T, Dk] with a query [Dk].
+
+    Not `@`: the threads of BLAS stay awake after a product and take a core from the language model
+    that runs next (two cores, prompt of 96 tokens: 142 ms after `@`, 88 ms after this).
+    """
+    scores: Floats = np.einsum("ij,j->i", keys, query)
+    return scores

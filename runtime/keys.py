@@ -49,11 +49,11 @@ def make_keys(pooled: Array, text: Array | None, arrays: KeyArrays) -> Array:
     Without text the whole weight goes to the image part, so the key still has length one; likewise
     for a row whose text is all zeros.
     """
-    image = _unit((pooled.astype(np.float32) - arrays.image_mean) @ arrays.image_projection)
+    image = _unit(_project(pooled, arrays.image_mean, arrays.image_projection))
     words = np.zeros((len(image), arrays.text_projection.shape[1]), np.float32)
     if text is not None:
         given = np.any(text != 0, axis=1, keepdims=True)
-        words = _unit((text.astype(np.float32) - arrays.text_mean) @ arrays.text_projection) * given
+        words = _unit(_project(text, arrays.text_mean, arrays.text_projection)) * given
     alpha = np.where(np.any(words != 0, axis=1, keepdims=True), arrays.alpha, 0.0)
     key = np.concatenate([np.sqrt(1 - alpha) * image, np.sqrt(alpha) * words], axis=1)
     return key.astype(np.float32)
@@ -109,6 +109,16 @@ def load_key_arrays(path: Path) -> KeyArrays:
     if not fits:
         raise ModelError(f"{path.name} holds arrays that do not fit together")
     return arrays
+
+
+def _project(rows: NDArray[Any], mean: Array, projection: Array) -> Array:
+    """Rows [B, n] less their mean, projected to [B, m].
+
+    Not `@`: the threads of BLAS stay awake after a product and take a core from the language model
+    that runs next (two cores, prompt of 96 tokens: 142 ms after `@`, 88 ms after this).
+    """
+    projected: Array = np.einsum("bi,ij->bj", rows.astype(np.float32) - mean, projection)
+    return projected
 
 
 def _unit(rows: NDArray[Any]) -> Array:
