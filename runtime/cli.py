@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 # All else is imported when it is needed, so that --help is quick and Ctrl-C always quiet.
@@ -109,26 +109,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer, or say in one line why not."""
+    return guarded("tinyalign-infer", lambda: answer(arguments))
+
+
+def guarded(program: str, work: Callable[[], int | None]) -> int:
+    """Do a command's work; what it raises becomes one line on stderr and the exit code."""
     from tinyalign.runtime.errors import InputError, TinyAlignError
 
     try:
-        answer(arguments)
+        code = work()
         sys.stdout.flush()
     except InputError as error:
-        return _fail(error, 2)
+        return complain(program, error, 2)
     except BrokenPipeError:  # the reader has left, e.g. `| head -c 10`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (TinyAlignError, OSError, MemoryError) as error:
-        return _fail(error, 1)
-    return 0
+        return complain(program, error, 1)
+    return code or 0
 
 
 def answer(arguments: argparse.Namespace) -> None:
     """Load the model, ask, print."""
     check(arguments)
-    where = dict(_pair(text) for text in arguments.where or ())
-    picture = _standard_input() if arguments.image == "-" else arguments.image
+    where = pairs(arguments.where, "--where")
+    picture = standard_input() if arguments.image == "-" else arguments.image
 
     from tinyalign.runtime.model import TinyAlign
 
@@ -188,16 +193,21 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--top-p must be above 0 and at most 1, not {arguments.top_p}")
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pairs(texts: Sequence[str] | None, option: str) -> dict[str, str]:
+    """KEY=VALUE arguments as a dict; InputError if one is something else."""
     from tinyalign.runtime.errors import InputError
 
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise InputError(f"--where takes KEY=VALUE, not {text!r}")
-    return key, value
+    values = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise InputError(f"{option} takes KEY=VALUE, not {text!r}")
+        values[key] = value
+    return values
 
 
-def _standard_input() -> bytes:
+def standard_input() -> bytes:
+    """The picture on standard input."""
     from tinyalign.runtime.errors import InputError
     from tinyalign.runtime.images import read_picture
 
@@ -206,11 +216,11 @@ def _standard_input() -> bytes:
     return read_picture(sys.stdin.buffer, "standard input")
 
 
-def _fail(error: BaseException, code: int) -> int:
-    """One line on stderr, whatever a file name or a message holds."""
+def complain(program: str, error: object, code: int = 1) -> int:
+    """One line on stderr, whatever a file name or a message holds; returns ``code``."""
     text = " ".join(str(error).split()) or type(error).__name__
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    print(f"tinyalign-infer: {line}", file=sys.stderr)
+    print(f"{program}: {line}", file=sys.stderr)
     return code
 
 

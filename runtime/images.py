@@ -35,6 +35,7 @@ MAX_PIXELS = 80_000_000  # below Pillow's own warning at 89 million; 240 MB as R
 
 # Decoders that start no other program and know their files by their first bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO")
+THUMBNAIL_SIDE = 48
 WHITE = (255, 255, 255)
 
 _ORIENTATION_TAG = 0x0112
@@ -64,6 +65,15 @@ def load_picture(source: Picture, background: tuple[int, int, int] = WHITE) -> I
     if not data:
         raise PictureError(f"{name} is empty")
     return _decode(_open(data, name), name, background)
+
+
+def thumbnail(picture: Image.Image, side: int = THUMBNAIL_SIDE) -> bytes:
+    """An RGB picture as WebP of at most ``side`` pixels each way, for people to recognise it."""
+    small = picture.copy()
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=70)
+    return file.getvalue()
 
 
 def preprocess(picture: Image.Image, spec: ImageSpec) -> NDArray[np.float32]:

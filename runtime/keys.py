@@ -59,6 +59,21 @@ def make_keys(pooled: Array, text: Array | None, arrays: KeyArrays) -> Array:
     return key.astype(np.float32)
 
 
+def retold_key(key: Array, text: Array, arrays: KeyArrays) -> Array:
+    """A memory's key f32 [di + dt] with another text [D] and the same picture."""
+    told = make_key(arrays.image_mean, text, arrays)  # no image part: the mean has no direction
+    split = arrays.image_projection.shape[1]
+    weight = np.sqrt(max(0.0, 1 - float(told[split:] @ told[split:])))
+    image = weight * _unit(key[None, :split])[0]
+    return np.concatenate([image, told[split:]]).astype(np.float32)
+
+
+def score_parts(query: Array, key: Array, arrays: KeyArrays) -> tuple[float, float]:
+    """What picture and text add to the score ``query @ key``."""
+    split = arrays.image_projection.shape[1]
+    return float(query[:split] @ key[:split]), float(query[split:] @ key[split:])
+
+
 def mean_embedding(
     ids: Sequence[int], embeddings: NDArray[np.float16] | NDArray[np.float32]
 ) -> Array | None:

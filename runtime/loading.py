@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,8 @@ DEFAULT_BANK = "bank.sqlite"
 
 @dataclass(frozen=True)
 class Parts:
-    """What a model directory holds, opened. The compressor is opened when it is needed first."""
+    """What a model directory holds, opened. The compressor is opened when it is needed first, and
+    so is the language model if it was not asked for (``open_lm`` opens it once)."""
 
     directory: Path
     manifest: Manifest
@@ -34,7 +37,12 @@ class Parts:
     vision: ort.InferenceSession
     connector: ort.InferenceSession
     rag_connector: ort.InferenceSession
-    lm: LanguageModel
+    open_lm: Callable[[], LanguageModel]
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The language model."""
+        return self.open_lm()
 
 
 def check_directory(directory: Path, threads: int) -> Manifest:
@@ -54,18 +62,27 @@ def check_directory(directory: Path, threads: int) -> Manifest:
     return manifest
 
 
-def load_parts(directory: Path, manifest: Manifest, threads: int) -> Parts:
-    """Open the parts of a checked directory side by side; raises ModelError."""
+def load_parts(directory: Path, manifest: Manifest, threads: int, lm: bool = True) -> Parts:
+    """Open the parts of a checked directory side by side; raises ModelError.
+
+    Without ``lm`` the language model is opened only when it is used, which teaching does not.
+    """
+
+    @cache
+    def open_lm() -> LanguageModel:
+        session = open_session(directory / "lm.onnx", threads, spin=True)
+        return LanguageModel(session, manifest.lm)
+
     with ThreadPoolExecutor(max(2, threads)) as pool:
-        # the language model takes longest, so it starts first
-        lm = pool.submit(open_session, directory / "lm.onnx", threads, spin=True)
+        if lm:  # it takes longest, so it starts first
+            opening = pool.submit(open_lm)
         vision = pool.submit(open_session, directory / "vision.onnx", threads)
         tokenizer = pool.submit(_open_tokenizer, directory / "tokenizer.json")
         connector = pool.submit(open_session, directory / "connector.onnx", threads)
         rag_connector = pool.submit(open_session, directory / "rag_connector.onnx", threads)
         keys = load_key_arrays(directory / "key.npz")
         embeddings = _open_embeddings(directory / "embeddings.bin", manifest)
-        return Parts(
+        parts = Parts(
             directory=directory,
             manifest=manifest,
             threads=threads,
@@ -76,8 +93,11 @@ def load_parts(directory: Path, manifest: Manifest, threads: int) -> Parts:
             vision=vision.result(),
             connector=connector.result(),
             rag_connector=rag_connector.result(),
-            lm=LanguageModel(lm.result(), manifest.lm),
+            open_lm=opening.result if lm else open_lm,
         )
+        if lm:
+            opening.result()  # raises here, not at the first question
+    return parts
 
 
 def open_session(path: Path, threads: int, spin: bool = False) -> ort.InferenceSession:

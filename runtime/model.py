@@ -25,11 +25,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
-from tinyalign.bank import Bank, Hit, NewMemory, content_hash, search_banks
+from tinyalign.bank import Bank, Hit, Memory, NewMemory, content_hash, search_banks
 from tinyalign.runtime.answers import Answer, AnswerStream, EncodedPicture, Timings
 from tinyalign.runtime.errors import InputError, QuestionError
-from tinyalign.runtime.images import Picture, load_picture, normalise, resize
-from tinyalign.runtime.keys import make_key, mean_embedding
+from tinyalign.runtime.images import Picture, load_picture, normalise, resize, thumbnail
+from tinyalign.runtime.keys import make_key, mean_embedding, retold_key
 from tinyalign.runtime.loading import (
     DEFAULT_BANK,
     Parts,
@@ -72,12 +72,14 @@ class TinyAlign:
         path: str | Path | None = None,
         threads: int | None = None,
         banks: Sequence[str | Path] | None = None,
+        lm: bool = True,
     ) -> TinyAlign:
         """Open a model directory ($TINYALIGN_MODEL or the cache's, if none is named).
 
         ``threads`` defaults to the CPUs this process may use. ``banks`` are bank files that
-        replace the model's own, which is called "default"; an empty list means none. Raises
-        ModelError or BankError with one clear line.
+        replace the model's own, which is called "default"; an empty list means none.
+        Without ``lm`` the language model is opened at the first question only: teaching needs none.
+        Raises ModelError or BankError with one clear line.
         """
         started = time.perf_counter()
         if threads is not None and threads < 1:
@@ -85,7 +87,7 @@ class TinyAlign:
         directory = Path(path) if path is not None else default_model_dir()
         threads = threads or default_threads()
         manifest = check_directory(directory, threads)
-        parts = load_parts(directory, manifest, threads)
+        parts = load_parts(directory, manifest, threads, lm)
         with ExitStack() as opened:
             names = ["default"] if banks is None else banks
             open_banks = [opened.enter_context(_open_bank(parts, name)) for name in names]
@@ -133,6 +135,13 @@ class TinyAlign:
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         return EncodedPicture(cells[0], tokens[0], ids[0], digest, self._model_id)
 
+    def key(self, image: Picture | EncodedPicture, question: str | None = None) -> Floats:
+        """What the banks are searched with, f32 [Dk]: picture and question, or picture alone."""
+        parts = self._parts
+        ids = () if question is None else encode_question(parts.tokenizer, question)
+        words = mean_embedding(ids, parts.embeddings)
+        return make_key(self.encode(image).pooled, words, parts.keys)
+
     def retrieve(
         self,
         image: Picture | EncodedPicture,
@@ -141,16 +150,14 @@ class TinyAlign:
         where: Mapping[str, str | int | float | bool] | None = None,
     ) -> list[Hit]:
         """The memories an answer would rest on, nearest first; none below the model's floor."""
-        parts, prompt = self._parts, self._parts.manifest.prompt
+        prompt = self._parts.manifest.prompt
         if top_k is not None and top_k < 1:
             raise InputError(
                 f"top-k must be 1 or more, not {top_k} (no memory at all: --no-memory)"
             )
         if not self._banks:
             return []
-        text = mean_embedding(encode_question(parts.tokenizer, question), parts.embeddings)
-        key = make_key(self.encode(image).pooled, text, parts.keys)
-        hits = search_banks(self._banks, key, top_k or prompt.top_k, where)
+        hits = search_banks(self._banks, self.key(image, question), top_k or prompt.top_k, where)
         return [hit for hit in hits if similarity_word(prompt, hit.score) is not None]
 
     def ask(
@@ -220,25 +227,61 @@ class TinyAlign:
 
         Raises InputError for an empty text or one longer than the compressor takes.
         """
-        parts, limit = self._parts, self._parts.manifest.compressor.max_text_tokens
-        ids = encode_text(parts.tokenizer, text.strip())
+        ids = self.check_text(text)
+        small = None
+        if not isinstance(image, EncodedPicture):
+            image = load_picture(image, self._parts.manifest.image.background)
+            small = thumbnail(image)
+        seen = self.encode(image)
+        latents = self._compress(ids, seen.cells)
+        key = make_key(seen.pooled, mean_embedding(ids, self._parts.embeddings), self._parts.keys)
+        digest = content_hash(bytes.fromhex(seen.pixel_hash), text.strip())
+        return NewMemory(key, latents, text.strip(), source, dict(metadata or {}), small, digest)
+
+    def retold(self, memory: Memory, text: str) -> NewMemory:
+        """A stored memory with another text; its picture is not needed. Raises InputError."""
+        spec = self._parts.manifest.vision
+        ids = self.check_text(text)
+        latents = self._compress(ids, np.zeros((spec.cells, spec.width), np.float32))
+        latents[0] = memory.latents[0]  # the picture's, in every compressor
+        words = mean_embedding(ids, self._parts.embeddings)
+        if words is None:
+            raise InputError("the text is empty: a memory needs a text")
+        key = retold_key(memory.key, words, self._parts.keys)
+        kept = (memory.source, memory.metadata, memory.thumbnail)
+        return NewMemory(key, latents, text.strip(), *kept)
+
+    def content_hash(self, image: Picture, text: str) -> str:
+        """The hash that ``memory`` gives, without looking at the picture as the model does."""
+        spec = self._parts.manifest.image
+        pixels = resize(load_picture(image, spec.background), spec)
+        return content_hash(hashlib.sha256(pixels.tobytes()).digest(), text.strip())
+
+    def check_text(self, text: str) -> tuple[int, ...]:
+        """The tokens of a memory's text; InputError if it is empty or the compressor's too long."""
+        limit = self._parts.manifest.compressor.max_text_tokens
+        ids = encode_text(self._parts.tokenizer, text.strip())
         if not ids:
             raise InputError("the text is empty: a memory needs a text")
         if len(ids) > limit:
-            raise InputError(f"the text is {len(ids)} tokens long, a memory holds {limit}")
-        seen = self.encode(image)
-        words = np.zeros((1, limit, parts.manifest.lm.width), np.float32)
+            rest = self._parts.tokenizer.decode(ids[limit:]).strip()[:60]
+            raise InputError(
+                f"the text is {len(ids)} tokens long, a memory holds {limit}: too much is {rest!r}"
+            )
+        return tuple(ids)
+
+    def _compress(self, ids: Sequence[int], cells: Floats) -> Floats:
+        """Latents f32 [l, d] of a text's tokens and cells [C, Dv], without the unused rest."""
+        parts, spec = self._parts, self._parts.manifest
+        words = np.zeros((1, spec.compressor.max_text_tokens, spec.lm.width), np.float32)
         words[0, : len(ids)] = parts.embeddings[list(ids)]
         with self._opening:
             if self._compressor is None:
                 path = parts.directory / "compressor.onnx"
                 self._compressor = open_session(path, parts.threads)
-        inputs = {"token_embeddings": words, "cells": seen.cells[None]}
+        inputs = {"token_embeddings": words, "cells": cells[None]}
         latents: Floats = _run(self._compressor, ["latents"], **inputs)[0][0]
-        used = latents[: np.flatnonzero(np.any(latents != 0, axis=1))[-1] + 1]
-        key = make_key(seen.pooled, mean_embedding(ids, parts.embeddings), parts.keys)
-        digest = content_hash(bytes.fromhex(seen.pixel_hash), text.strip())
-        return NewMemory(key, used, text.strip(), source, dict(metadata or {}), None, digest)
+        return latents[: np.flatnonzero(np.any(latents != 0, axis=1))[-1] + 1]
 
     def _answer(
         self,

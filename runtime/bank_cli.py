@@ -1,0 +1,469 @@
+"""``tinyalign-bank``: teach the model and look after its memory bank on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyalign.runtime.bank_parser import parser
+from tinyalign.runtime.cli import complain, guarded, pairs
+
+if TYPE_CHECKING:
+    from tinyalign.bank import Bank, Memory
+    from tinyalign.bank.store import Header
+    from tinyalign.runtime.model import TinyAlign
+    from tinyalign.runtime.teach import Item
+
+# All else is imported when it is needed, so that --help is quick and Ctrl-C always quiet.
+
+PROGRAM = "tinyalign-bank"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    try:
+        arguments = parser().parse_args(argv)
+        return guarded(PROGRAM, lambda: run(arguments))
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the verb says; returns the exit code."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # decoders warn about what an error line says better
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show every letter
+    verbs = {
+        "add": add,
+        "list": list_,
+        "show": show,
+        "search": search,
+        "remove": remove,
+        "update": update,
+        "stats": stats,
+        "merge": merge,
+        "export": export,
+        "import": import_,
+        "compact": compact,
+        "verify": verify,
+        "reindex": reindex,
+    }
+    return verbs[arguments.verb](arguments) or 0
+
+
+# --- teaching ------------------------------------------------------------------------------
+
+
+def add(arguments: argparse.Namespace) -> int:
+    """Add what INPUT names; 1 if pictures of a list could not be read."""
+    from tinyalign.runtime.errors import InputError
+    from tinyalign.runtime.teach import teach
+
+    path = _writable(arguments.bank)
+    items = _items(arguments)
+    with _model(arguments) as model:
+        taught = teach(model, items, path, _progress(len(items)))
+    alone = Path(arguments.input).is_file() and items[0].place == arguments.input
+    if alone and taught.failed:
+        raise InputError(taught.failed[0].reason)
+    for failure in taught.failed:
+        complain(PROGRAM, f"{failure.item.place}: {failure.reason}")
+    if arguments.json:
+        failed = [{"place": f.item.place, "reason": f.reason} for f in taught.failed]
+        _print_json({"added": taught.added, "known": taught.known, "failed": failed})
+    else:
+        counts = (("added", taught.added), ("known already", taught.known))
+        parts = [f"{word} {_numbers(ids)}" for word, ids in counts if ids]
+        parts += [f"could not read {len(taught.failed)}"] if taught.failed else []
+        print("; ".join(parts))
+    return 1 if taught.failed else 0
+
+
+def _items(arguments: argparse.Namespace) -> list[Item]:
+    """What INPUT names, with --set on top of its metadata."""
+    from dataclasses import replace
+
+    from tinyalign.runtime.errors import InputError, PictureError
+    from tinyalign.runtime.teach import Item, read_csv, read_folder, read_jsonl, spoken
+
+    name, text = arguments.input, arguments.text
+    path = Path(name)
+    listed = name == "-" or path.suffix.lower() in (".jsonl", ".csv")
+    if text is not None and arguments.text_from_name:
+        raise InputError("give --text or --text-from-name, not both")
+    if listed and (text is not None or arguments.text_from_name):
+        raise InputError(f"the texts are in {'the input' if name == '-' else name}: no --text")
+    if not listed and text is None and not arguments.text_from_name:
+        raise InputError(f"{name} needs a text: --text, or --text-from-name for its file name")
+    if text is not None and not text.strip():
+        raise InputError("the text is empty: a memory needs a text")
+    if name == "-":
+        items = read_jsonl(_read_text(None), "standard input", Path())
+    elif listed:
+        read = read_csv if path.suffix.lower() == ".csv" else read_jsonl
+        items = read(_read_text(path), name, path.parent)
+    elif path.is_dir():
+        items = read_folder(path, text)
+    elif not path.exists():
+        raise PictureError(f"no picture at {name}")
+    else:
+        items = [Item(path, spoken(path) if text is None else text, {}, name)]
+    if not items:
+        raise InputError(f"{name} lists nothing to add")
+    extra = pairs(arguments.set, "--set")
+    return [replace(item, metadata={**item.metadata, **extra}) for item in items]
+
+
+def update(arguments: argparse.Namespace) -> None:
+    """Correct one memory."""
+    from dataclasses import replace
+
+    from tinyalign.runtime.errors import InputError
+
+    given = (arguments.text, arguments.image, arguments.source, arguments.set, arguments.unset)
+    if all(value is None for value in given):
+        raise InputError("nothing to update: give --text, --image, --source, --set or --unset")
+    changes = pairs(arguments.set, "--set")
+    with _open(arguments.bank) as bank:
+        old = bank.get(arguments.id)
+        metadata = {**old.metadata, **changes}
+        for key in arguments.unset or ():
+            if metadata.pop(key, None) is None:
+                raise InputError(f"memory {old.id} has no metadata {key!r}")
+        source = old.source if arguments.source is None else arguments.source
+        number = old.id
+        if arguments.text is None and arguments.image is None:
+            bank.update(old.id, source=source, metadata=metadata)
+        else:
+            text = old.text if arguments.text is None else arguments.text
+            with _model(arguments) as model:
+                _check_fingerprint(model, bank)
+                new = (
+                    model.retold(old, text)
+                    if arguments.image is None
+                    else model.memory(arguments.image, text)
+                )
+            if arguments.image is not None and arguments.source is None:
+                source = arguments.image
+            number = bank.replace(old.id, replace(new, source=source, metadata=metadata))
+        print(f"updated {old.id}" + (f", now {number}" if number != old.id else ""))
+
+
+def search(arguments: argparse.Namespace) -> None:
+    """The nearest memories with what picture and text add to their scores."""
+    from tinyalign.runtime.errors import InputError
+    from tinyalign.runtime.keys import score_parts
+    from tinyalign.runtime.prompt import similarity_word
+
+    if arguments.top_k < 1:
+        raise InputError(f"--top-k must be 1 or more, not {arguments.top_k}")
+    where = pairs(arguments.where, "--where")
+    picture = _standard_input() if arguments.image == "-" else arguments.image
+    with _model(arguments, arguments.bank or ["default"]) as model:
+        query = model.key(picture, arguments.text)
+        hits = [
+            (bank, hit)
+            for bank in model.banks
+            for hit in bank.search(query, arguments.top_k, where or None)
+        ]
+        hits.sort(key=lambda pair: -pair[1].score)
+        found = []
+        for bank, hit in hits[: arguments.top_k]:
+            image, text = score_parts(query, bank.get(hit.id).key, model.parts.keys)
+            word = similarity_word(model.parts.manifest.prompt, hit.score)
+            found.append((hit, image, text, word))
+    if arguments.json:
+        memories = [
+            {
+                "id": hit.id,
+                "bank": hit.bank,
+                "score": round(hit.score, 4),
+                "image_score": round(image, 4),
+                "text_score": round(text, 4),
+                "similarity": word,
+                "text": hit.text,
+                "source": hit.source,
+                "metadata": hit.metadata,
+            }
+            for hit, image, text, word in found
+        ]
+        _print_json({"memories": memories})
+        return
+    for hit, image, text, word in found:
+        parts = f"{hit.score:.3f} = picture {image:.3f} + text {text:.3f}"
+        print(f"{hit.bank} {hit.id}  {parts}  {word or 'too far, not used'}  {_line(hit.text)}")
+
+
+# --- looking and correcting ----------------------------------------------------------------
+
+
+def list_(arguments: argparse.Namespace) -> None:
+    """All memories, or those that match."""
+    where = pairs(arguments.where, "--where")
+    names = arguments.bank or ["default"]
+    memories = []
+    for name in names:
+        with _open(name, read_only=True) as bank:
+            label = {"bank": bank.name} if len(names) > 1 else {}
+            memories += [(label, memory) for memory in bank.list(where or None)]
+    if arguments.json:
+        _print_json({"memories": [label | _as_json(memory) for label, memory in memories]})
+        return
+    for label, memory in memories:
+        print(*label.values(), f"{memory.id}  {_line(memory.text)}{_notes(memory)}")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """One memory in full, its thumbnail to a file."""
+    from tinyalign.runtime.errors import InputError
+
+    with _open(arguments.bank, read_only=True) as bank:
+        memory = bank.get(arguments.id)
+    if arguments.thumbnail is not None:
+        if memory.thumbnail is None:
+            raise InputError(f"memory {memory.id} has no thumbnail")
+        try:
+            Path(arguments.thumbnail).write_bytes(memory.thumbnail)
+        except OSError as error:
+            raise InputError(f"cannot write {arguments.thumbnail}: {error.strerror}") from None
+    if arguments.json:
+        extra = {"content_hash": memory.content_hash, "latents": len(memory.latents)}
+        _print_json(_as_json(memory) | extra | {"thumbnail": memory.thumbnail is not None})
+        return
+    print(f"id        {memory.id}")
+    print(f"text      {_line(memory.text)}")
+    print(f"source    {_line(memory.source)}")
+    for key, value in memory.metadata.items():
+        print(f"metadata  {_line(f'{key}={value}')}")
+    size = f"{len(memory.thumbnail)} bytes" if memory.thumbnail else "none"
+    print(f"thumbnail {size}")
+
+
+def remove(arguments: argparse.Namespace) -> None:
+    """Forget memories by id or by metadata."""
+    from tinyalign.runtime.errors import InputError
+
+    where = pairs(arguments.where, "--where")
+    if bool(arguments.id) == bool(where):
+        raise InputError("give the ids to remove, or --where, and not both")
+    with _open(arguments.bank) as bank:
+        ids = arguments.id or [memory.id for memory in bank.list(where)]
+        bank.remove(ids)
+    print(f"removed {len(set(ids))}")
+
+
+def stats(arguments: argparse.Namespace) -> None:
+    """A bank in numbers."""
+    with _open(arguments.bank, read_only=True) as bank:
+        numbers = bank.stats()
+    if arguments.json:
+        _print_json(asdict(numbers))
+        return
+    for key, value in asdict(numbers).items():
+        text = f"{value:,.1f}" if isinstance(value, float) else value
+        if isinstance(value, dict):
+            text = ", ".join(f"{name} {score:.3f}" for name, score in value.items())
+        print(f"{key.replace('_', ' '):<18}{text}")
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Read everything; 1 if something is wrong."""
+    with _open(arguments.bank, read_only=True) as bank:
+        report = bank.verify()
+        path = bank.path
+    for problem in report.problems:
+        complain(PROGRAM, f"{path}: {problem}")
+    if not report.sound:
+        return 1
+    print(f"{path} is sound: {report.memories} memories, index {report.index}")
+    return 0
+
+
+# --- whole banks ---------------------------------------------------------------------------
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Add all memories of other banks to one; all are opened before any is added."""
+    from tinyalign.bank.store import Header
+    from tinyalign.runtime.errors import BankError
+
+    path = _writable(arguments.into)
+    with ExitStack() as opened:
+        sources = [opened.enter_context(_open(name, read_only=True)) for name in arguments.sources]
+        first = sources[0]
+        for source in sources:
+            if source.fingerprint != first.fingerprint:
+                raise BankError(f"{first.path} and {source.path} were made for different models")
+        header = Header(first.fingerprint, first.key_width, first.latent_width, path.stem)
+        bank = opened.enter_context(_growing(path, header))
+        for source in sources:
+            added = bank.merge(source)
+            print(f"{source.path}: added {added}, known already {len(source) - added}")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a bank as JSONL and thumbnails."""
+    with _open(arguments.bank, read_only=True) as bank:
+        print(f"wrote {bank.export(arguments.directory)}")
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    """Add what ``export`` wrote."""
+    from tinyalign.bank.transfer import read_header
+
+    path = _writable(arguments.bank)
+    header = read_header(Path(arguments.directory))
+    with _growing(path, header) as bank:
+        print(f"added {bank.import_folder(arguments.directory)}")
+
+
+def compact(arguments: argparse.Namespace) -> None:
+    """Give space back."""
+    with _open(arguments.bank) as bank:
+        before = bank.stats().file_bytes
+        bank.seal() if arguments.seal else bank.compact()
+        print(f"{before:,} bytes before, {bank.stats().file_bytes:,} now")
+
+
+def reindex(arguments: argparse.Namespace) -> None:
+    """Build the search index anew."""
+    with _open(arguments.bank) as bank:
+        bank.reindex()
+        print(f"index {bank.stats().index}")
+
+
+# --- inside --------------------------------------------------------------------------------
+
+
+def _model(arguments: argparse.Namespace, banks: Sequence[str] = ()) -> TinyAlign:
+    from tinyalign.runtime.errors import InputError
+    from tinyalign.runtime.model import TinyAlign
+
+    if arguments.threads is not None and arguments.threads < 1:
+        raise InputError(f"--threads must be 1 or more, not {arguments.threads}")
+    return TinyAlign.load(arguments.model, arguments.threads, banks, lm=False)
+
+
+def _open(name: str | None, read_only: bool = False) -> Bank:
+    """A bank by its file, or the model's own to read."""
+    from tinyalign.bank import Bank
+    from tinyalign.runtime.paths import default_model_dir
+
+    if read_only and name in (None, "default"):
+        return Bank.open(default_model_dir() / "bank.sqlite", read_only=True, name="default")
+    return Bank.open(name or "", read_only=True) if read_only else Bank.open(_writable(name))
+
+
+@contextmanager
+def _growing(path: Path, header: Header) -> Iterator[Bank]:
+    """A bank to add to; created if it is not there, and not left behind empty by an error."""
+    from tinyalign.bank import Bank
+
+    fresh = not path.exists()
+    if fresh:
+        bank = Bank.create(path, header.fingerprint, header.key_width, header.latent_width)
+    else:
+        bank = Bank.open(path, header.fingerprint)
+    try:
+        with bank:
+            try:
+                yield bank
+            finally:
+                empty = not len(bank)
+    except BaseException:
+        if fresh and empty:
+            path.unlink()  # closing it has removed what lay beside it
+        raise
+
+
+def _writable(name: str | None) -> Path:
+    from tinyalign.runtime.errors import InputError
+
+    if not name or name == "default":
+        raise InputError("the model's own bank is never changed: name a bank of your own")
+    return Path(name)
+
+
+def _check_fingerprint(model: TinyAlign, bank: Bank) -> None:
+    from tinyalign.runtime.errors import BankError
+
+    if bank.fingerprint != model.parts.manifest.fingerprint:
+        raise BankError(f"{bank.path} was made for another model: name that model with --model")
+
+
+def _read_text(path: Path | None) -> str:
+    """A UTF-8 file, or standard input without one."""
+    from tinyalign.runtime.errors import InputError
+
+    name = "standard input" if path is None else str(path)
+    try:
+        if path is not None:
+            return path.read_bytes().decode("utf-8-sig")
+        if sys.stdin is None:
+            raise InputError("cannot read standard input: it is closed")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{name} is not UTF-8") from None
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from None
+
+
+def _standard_input() -> bytes:
+    from tinyalign.runtime.cli import standard_input
+
+    return standard_input()
+
+
+def _progress(total: int) -> Any:
+    """Counts on stderr: one line that is rewritten on a terminal, else a line for each batch."""
+    terminal = sys.stderr.isatty()
+
+    def report(done: int) -> None:
+        if total > 1 and (terminal or done < total):
+            end = "\r" if terminal and done < total else "\n"
+            print(f"{PROGRAM}: {done} of {total}", end=end, file=sys.stderr, flush=True)
+
+    return report
+
+
+def _as_json(memory: Memory) -> dict[str, Any]:
+    return {
+        "id": memory.id,
+        "text": memory.text,
+        "source": memory.source,
+        "metadata": dict(memory.metadata),
+    }
+
+
+def _print_json(data: Mapping[str, Any]) -> None:
+    print(json.dumps(data))
+
+
+def _notes(memory: Memory) -> str:
+    """Source and metadata of a memory for the end of a line."""
+    notes = [memory.source] if memory.source else []
+    notes += [f"{key}={value}" for key, value in memory.metadata.items()]
+    return f"  ({_line(', '.join(notes))})" if notes else ""
+
+
+def _numbers(ids: Sequence[int]) -> str:
+    """A few ids, or how many there are."""
+    return ", ".join(map(str, ids)) if len(ids) <= 3 else f"{len(ids)} memories"
+
+
+def _line(text: str) -> str:
+    """A text on one line, whatever it holds."""
+    words = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
