@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyalign.runtime.cli import Parser
+from tinyalign.runtime.cli import Parser, guarded
 
 if TYPE_CHECKING:
     from tinyalign.export.report import Report
@@ -95,16 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, or say in one line why not."""
-    from tinyalign.runtime.errors import InputError, TinyAlignError
-
-    try:
-        result = export(arguments)
-    except (TinyAlignError, OSError, MemoryError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"tinyalign-export: {text}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    print(result)
-    return 0
+    return guarded("tinyalign-export", lambda: print(export(arguments)))
 
 
 def export(arguments: argparse.Namespace) -> str:

@@ -162,7 +162,10 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """Read ``tinyalign.json`` of a model directory; raises ModelError with one clear line."""
     if not directory.exists():
-        raise ModelError(f"no model directory at {directory}")
+        raise ModelError(
+            f"no model directory at {directory}: make one with tinyalign-export, or name one "
+            "with --model"
+        )
     if not directory.is_dir():
         raise ModelError(f"{directory} is not a model directory")
     path = directory / MANIFEST_NAME

@@ -1,0 +1,76 @@
+"""A whole training run: data, stages in order, and the weights directory at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+
+from tinyalign.runtime.threads import default_threads
+from tinyalign.training import stages
+from tinyalign.training.default_bank import build_bank
+from tinyalign.training.features import ORDER, build_features, load_features
+from tinyalign.training.parts import new_parts, save_parts
+from tinyalign.training.pictures import imagenet_classes
+from tinyalign.training.plots import plot_losses
+from tinyalign.training.recipe import Recipe, Stage
+from tinyalign.training.sources import cache_dir
+from tinyalign.training.world import World, calibrated_similarity, make_world
+
+
+def scaled(recipe: Recipe, scale: float) -> Recipe:
+    """The recipe with every stage's steps multiplied."""
+    changes: dict[str, Stage] = {}
+    for item in dataclasses.fields(recipe):
+        stage = getattr(recipe, item.name)
+        if isinstance(stage, Stage):
+            steps = max(1, round(stage.steps * scale))
+            changes[item.name] = dataclasses.replace(stage, steps=steps)
+    return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
+
+
+def prepare_world(recipe: Recipe) -> World:
+    """Features, untrained parts and the training bank."""
+    cells, records = load_features(sources=ORDER)
+    train = [record for record in records if record.split == "train"]
+    classes = [picture.name for picture in imagenet_classes(cache_dir())]
+    kinds = sorted({record.kind for record in train if record.kind})
+    parts = new_parts(recipe, classes, sorted({r.name for r in train if r.name}), kinds)
+    world = make_world(parts, cells, records, recipe)
+    floors = calibrated_similarity(world, recipe.seed)
+    parts.prompt = dataclasses.replace(parts.prompt, similarity=floors)
+    return world
+
+
+def train(recipe: Recipe, directory: Path, until: str) -> None:
+    """Run the stages that are left and write the weights.
+
+    `until` is the last stage: "prepare", "0", "1" or "2". The run directory gets `checkpoint.pt`,
+    `log.jsonl`, `loss.png` and `weights/`. Raises InputError when it holds a run of another recipe.
+    """
+    torch.set_num_threads(default_threads())
+    build_features()
+    if until == "prepare":
+        return
+    world = prepare_world(recipe)
+    parts = world.parts
+    run = stages.Run(parts, world, recipe, directory, stages.for_training(parts.lm))
+    stages.load_checkpoint(run)
+    stages.train_codes(run)
+    stages.train_slots(run)
+    stages.train_reconstruct(run)
+    if until >= "1":
+        stages.train_align(run)
+    if until >= "2":
+        stages.with_lora(run)
+        stages.train_finetune(run)
+    parts.round_to_half()
+    weights = directory / "weights"
+    shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run
+    save_parts(parts, weights)
+    stages.save_lora(run, weights / "lora")
+    build_bank(world, weights / "bank.sqlite")
+    plot_losses(run.log, directory / "loss.png")
+    print(f"weights: {weights}\nloss curve: {directory / 'loss.png'}")
