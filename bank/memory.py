@@ -181,6 +181,8 @@ def check_value(name: object, value: object) -> None:
         raise InputError(f"metadata {name!r} is {value}, not a finite number")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise InputError(f"metadata {name!r} does not fit into 64 bits")
+    check_text(name, "metadata")
+    check_text(str(value), "metadata")
 
 
 def _check_latents(latents: Any, width: int) -> Floats:
@@ -228,6 +230,4 @@ def metadata_json(metadata: Metadata) -> str:
         raise InputError(f"the metadata is {type(metadata).__name__}, not a mapping")
     for name, value in metadata.items():
         check_value(name, value)
-        check_text(name, "metadata")
-        check_text(str(value), "metadata")
     return json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True, separators=(",", ":"))

@@ -127,6 +127,7 @@ def update(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from tinyalign.runtime.errors import InputError
+    from tinyalign.runtime.teach import source_of
 
     given = (arguments.text, arguments.image, arguments.source, arguments.set, arguments.unset)
     if all(value is None for value in given):
@@ -152,7 +153,7 @@ def update(arguments: argparse.Namespace) -> None:
                     else model.memory(arguments.image, text)
                 )
             if arguments.image is not None and arguments.source is None:
-                source = arguments.image
+                source = source_of(Path(arguments.image))
             number = bank.replace(old.id, replace(new, source=source, metadata=metadata))
         print(f"updated {old.id}" + (f", now {number}" if number != old.id else ""))
 

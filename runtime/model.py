@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
 from tinyalign.bank import Bank, Hit, Memory, NewMemory, content_hash, search_banks
+from tinyalign.bank.memory import check_text as valid_text
 from tinyalign.runtime.answers import Answer, AnswerStream, EncodedPicture, Timings
 from tinyalign.runtime.errors import InputError, QuestionError
 from tinyalign.runtime.images import Picture, load_picture, normalise, resize, thumbnail
@@ -260,7 +261,7 @@ class TinyAlign:
     def check_text(self, text: str) -> tuple[int, ...]:
         """The tokens of a memory's text; InputError if it is empty or the compressor's too long."""
         limit = self._parts.manifest.compressor.max_text_tokens
-        ids = encode_text(self._parts.tokenizer, text.strip())
+        ids = encode_text(self._parts.tokenizer, valid_text(text, "text").strip())
         if not ids:
             raise InputError("the text is empty: a memory needs a text")
         if len(ids) > limit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_jsonl(text: str, name: str, folder: Path) -> list[Item]:
     A line that is something else raises InputError with its number. Empty lines are left out.
     """
     items = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line separators
         if not line.strip():
             continue
         place = f"{name}, line {number}"
@@ -116,6 +117,11 @@ def spoken(path: Path) -> str:
     return " ".join(path.stem.replace("_", " ").replace("-", " ").split())
 
 
+def source_of(image: Path) -> str:
+    """A picture's path as a memory's source; bytes that are not UTF-8 become question marks."""
+    return os.fsencode(image).decode("utf-8", "replace")
+
+
 def teach(
     model: TinyAlign,
     items: Sequence[Item],
@@ -156,7 +162,7 @@ def teach(
                 elif digest in new:
                     twins.append(digest)
                 else:
-                    source = str(item.image)
+                    source = source_of(item.image)
                     new[digest] = model.memory(picture, item.text, source, item.metadata)
             if new:
                 bank = bank or create_bank(model, path)

@@ -141,14 +141,14 @@ def test_add_lists(ok: Callable[..., str], place: Path, tmp_path: Path) -> None:
 def test_add_standard_input(
     ok: Callable[..., str], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = json.dumps({"image": "p0.png", "text": "œ 猫"})
+    text = json.dumps({"image": "p0.png", "text": "œ\u2028猫"}, ensure_ascii=False)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert json.loads(ok("add", "-", "--bank", "b.db", "--json")) == {
         "added": [1],
         "known": [],
         "failed": [],
     }
-    assert listed(ok, "--bank", "b.db")[0]["text"] == "œ 猫"
+    assert listed(ok, "--bank", "b.db")[0]["text"] == "œ\u2028猫"
 
 
 def test_add_a_folder(ok: Callable[..., str], place: Path) -> None:
@@ -161,6 +161,13 @@ def test_add_a_folder(ok: Callable[..., str], place: Path) -> None:
     assert [m["text"] for m in listed(ok, "--bank", "b.db")] == ["a cup 2", "b"]
     out = ok("add", "in", "--text", "cup", "--bank", "b.db")  # the same picture and text twice
     assert out == "added 3; known already 3\n"
+
+
+def test_a_file_name_that_is_not_utf8(ok: Callable[..., str], place: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy("p0.png", name)
+    assert ok("add", name, "--text", "cup", "--bank", "b.db") == "added 1\n"
+    assert ok("list", "--bank", "b.db") == "1  cup  (caf\ufffd.png)\n"
 
 
 def test_pictures_that_cannot_be_read_are_listed_and_the_rest_is_added(
@@ -354,6 +361,11 @@ BAD_INPUT = [
     (("add", "notext.jsonl", *MINE), "notext.jsonl, line 2: text is missing"),
     (("add", "unknown.jsonl", *MINE), "line 2: unknown name 'txt'"),
     (("add", "long.jsonl", *MINE), "long.jsonl, line 2: the text is 30 tokens long"),
+    (("add", "odd.jsonl", *MINE), "odd.jsonl, line 2: the text is not valid Unicode"),
+    (("add", "p3.png", "--text", "\udcff", *MINE), "the text is not valid Unicode"),
+    (("update", "1", "--text", "\udcff", *MINE), "the text is not valid Unicode"),
+    (("list", "--where", "owner=\udcff", *MINE), "the metadata is not valid"),
+    (("add", "p3.png", "--text", "x", "--set", "a=\udcff", *MINE), "metadata is not valid"),
     (("add", "meta.jsonl", *MINE), "meta.jsonl, line 2: metadata 'a' is list"),
     (("add", "latin.jsonl", *MINE), "latin.jsonl is not UTF-8"),
     (("add", "bad.csv", *MINE), "bad.csv, line 3: more fields"),
@@ -400,6 +412,7 @@ def bad(place: Path, bank: str, ok: Callable[..., str]) -> None:
     lines(place / "unknown.jsonl", GOOD, {"image": "p1.png", "text": "a", "txt": "b"})
     lines(place / "long.jsonl", GOOD, {"image": "p1.png", "text": "x" * 30})
     lines(place / "meta.jsonl", GOOD, {"image": "p1.png", "text": "x", "metadata": {"a": []}})
+    lines(place / "odd.jsonl", GOOD, {"image": "p1.png", "text": "\ud800"})
     (place / "latin.jsonl").write_bytes(b'{"image": "\xe9"}')
     (place / "bad.csv").write_text("image,text\np0.png,a\np1.png,b,c\n")
     (place / "columns.csv").write_text("picture,text\np0.png,a\n")
