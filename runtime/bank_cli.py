@@ -92,11 +92,18 @@ def _items(arguments: argparse.Namespace) -> list[Item]:
     from dataclasses import replace
 
     from tinyalign.runtime.errors import InputError, PictureError
-    from tinyalign.runtime.teach import Item, read_csv, read_folder, read_jsonl, spoken
+    from tinyalign.runtime.teach import (
+        Item,
+        read_csv,
+        read_folder,
+        read_jsonl,
+        read_llava,
+        spoken,
+    )
 
     name, text = arguments.input, arguments.text
     path = Path(name)
-    listed = name == "-" or path.suffix.lower() in (".jsonl", ".csv")
+    listed = name == "-" or path.suffix.lower() in (".jsonl", ".csv", ".json")
     if text is not None and arguments.text_from_name:
         raise InputError("give --text or --text-from-name, not both")
     if listed and (text is not None or arguments.text_from_name):
@@ -108,8 +115,8 @@ def _items(arguments: argparse.Namespace) -> list[Item]:
     if name == "-":
         items = read_jsonl(_read_text(None), "standard input", Path())
     elif listed:
-        read = read_csv if path.suffix.lower() == ".csv" else read_jsonl
-        items = read(_read_text(path), name, path.parent)
+        readers = {".jsonl": read_jsonl, ".csv": read_csv, ".json": read_llava}
+        items = readers[path.suffix.lower()](_read_text(path), name, path.parent)
     elif path.is_dir():
         items = read_folder(path, text)
     elif not path.exists():

@@ -32,6 +32,7 @@ Add pictures with their texts. INPUT is
   a picture        with --text
   items.jsonl      a line each: {"image": "cup.jpg", "text": "Ann's cup", "metadata": {"room": "1"}}
   items.csv        with columns image and text; other columns become metadata
+  items.json       captions or conversations as LLaVA has them
   a folder         all its pictures, with one --text or with --text-from-name
   -                lines as in items.jsonl from standard input
 
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = p.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     add = _verb(verbs, "add", "teach: add pictures with their texts", ADD)
-    add.add_argument("input", metavar="INPUT", help="picture, .jsonl, .csv, folder or -")
+    add.add_argument("input", metavar="INPUT", help="picture, .jsonl, .csv, .json, folder or -")
     add.add_argument("--text", help="what the model shall know about the picture")
     add.add_argument(
         "--text-from-name", action="store_true", help="the file's name is the text: red_cup.jpg"

@@ -95,6 +95,27 @@ def read_csv(text: str, name: str, folder: Path) -> list[Item]:
     return items
 
 
+def read_llava(text: str, name: str, folder: Path) -> list[Item]:
+    """Items from LLaVA's JSON: a list of entries with "image" and "conversations" or "caption".
+
+    Each question of a conversation becomes a memory with its answer; of a request without a
+    question mark ("Describe the picture.") only the answer is kept. InputError names the entry.
+    """
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{name}{where}: this is not JSON") from None
+    if not isinstance(entries, list):
+        raise InputError(f"{name}: this is not a JSON list of conversations or captions")
+    items = []
+    for number, entry in enumerate(entries, 1):
+        place = f"{name}, entry {number}"
+        for told in _told(entry, place):
+            items.append(_item({"image": entry.get("image"), "text": told}, place, folder))
+    return items
+
+
 def read_folder(folder: Path, text: str | None) -> list[Item]:
     """All pictures in a folder and those below it; without ``text``, the file's name is the text.
 
@@ -195,3 +216,19 @@ def _item(data: dict[str, Any], place: str, folder: Path) -> Item:
     if not isinstance(metadata, dict):
         raise InputError(f"{place}: metadata is not a JSON object")
     return Item(folder / data["image"], data["text"], metadata, place)
+
+
+def _told(entry: Any, place: str) -> list[Any]:
+    """What one LLaVA entry says about its picture: a text for each memory."""
+    if isinstance(entry, dict) and "caption" in entry:
+        return [entry["caption"]]
+    turns = entry.get("conversations") if isinstance(entry, dict) else None
+    try:
+        speakers = [turn["from"] for turn in turns or ()]
+        values = [turn["value"].replace("<image>", " ").strip() for turn in turns or ()]
+    except (TypeError, KeyError, AttributeError):
+        speakers = []
+    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+        raise InputError(f"{place}: no caption and no conversation of human and gpt in turns")
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return [f"{question} {answer}" if "?" in question else answer for question, answer in pairs]

@@ -138,6 +138,15 @@ def test_add_lists(ok: Callable[..., str], place: Path, tmp_path: Path) -> None:
     assert set(memories[0]) == {"id", "text", "source", "metadata"}
 
 
+def test_add_conversations(ok: Callable[..., str], place: Path) -> None:
+    turns = (("human", "Eh?\n<image>"), ("gpt", "cup"), ("human", "Describe."), ("gpt", "Blue."))
+    talk = [{"from": speaker, "value": value} for speaker, value in turns]
+    entries = [{"id": "1", "image": "p0.png", "conversations": talk}]
+    lines(place / "llava.json", [*entries, {"image": "p1.png", "caption": "red"}])
+    assert ok("add", "llava.json", "--bank", "b.db") == "added 1, 2, 3\n"
+    assert [m["text"] for m in listed(ok, "--bank", "b.db")] == ["Eh? cup", "Blue.", "red"]
+
+
 def test_add_standard_input(
     ok: Callable[..., str], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,6 +377,9 @@ BAD_INPUT = [
     (("add", "p3.png", "--text", "x", "--set", "a=\udcff", *MINE), "metadata is not valid"),
     (("add", "meta.jsonl", *MINE), "meta.jsonl, line 2: metadata 'a' is list"),
     (("add", "latin.jsonl", *MINE), "latin.jsonl is not UTF-8"),
+    (("add", "torn.json", *MINE), "torn.json, line 2: this is not JSON"),
+    (("add", "one.json", *MINE), "one.json: this is not a JSON list"),
+    (("add", "turns.json", *MINE), "turns.json, entry 2: no caption and no conversation"),
     (("add", "bad.csv", *MINE), "bad.csv, line 3: more fields"),
     (("add", "columns.csv", *MINE), "columns.csv, line 2: image is missing"),
     (("list", "--bank", "none.db"), "none.db does not exist"),
@@ -414,6 +426,13 @@ def bad(place: Path, bank: str, ok: Callable[..., str]) -> None:
     lines(place / "meta.jsonl", GOOD, {"image": "p1.png", "text": "x", "metadata": {"a": []}})
     lines(place / "odd.jsonl", GOOD, {"image": "p1.png", "text": "\ud800"})
     (place / "latin.jsonl").write_bytes(b'{"image": "\xe9"}')
+    (place / "torn.json").write_text('[{"image": "p0.png",\n')
+    lines(place / "one.json", GOOD)
+    turns = [{"from": "gpt", "value": "x"}]
+    lines(
+        place / "turns.json",
+        [{"image": "p0.png", "caption": "a"}, {"image": "p0.png", "conversations": turns}],
+    )
     (place / "bad.csv").write_text("image,text\np0.png,a\np1.png,b,c\n")
     (place / "columns.csv").write_text("picture,text\np0.png,a\n")
     Bank.create("foreign.db", "0f" * 16, 16, tiny_model.LATENT).close()
