@@ -127,9 +127,7 @@ def guarded(program: str, work: Callable[[], int | None]) -> int:
     except (TinyAlignError, OSError, MemoryError) as error:
         return complain(program, error, 1)
     except ModuleNotFoundError as error:  # export and training need what the runtime does not
-        reason = (
-            f"{error.name} is not installed: pip install 'tinyalign[train]' has all"
-        )
+        reason = f"{error.name} is not installed: pip install 'tinyalign[train]' has all"
         return complain(program, reason, 1)
     return code or 0
 
