@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -406,3 +409,51 @@ class BankAgainstDict(RuleBasedStateMachine):
 
 TestBankAgainstDict = BankAgainstDict.TestCase
 TestBankAgainstDict.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+
+
+# --- killed at any moment --------------------------------------------------------------------
+
+WORK = """
+import sys
+import numpy as np
+from tinyalign.bank import Bank, NewMemory
+path, other, start = sys.argv[1], sys.argv[2], int(sys.argv[3])
+keys = np.eye(32, dtype=np.float32)
+with Bank.open(path) as bank, Bank.open(other, read_only=True) as more:
+    print("ready", flush=True)
+    for number in range(start, start + 10_000):
+        bank.add([NewMemory(keys[number % 32], np.ones((1, 8)), f"taught {number}")])
+        print(number, flush=True)
+        if number % 3 == 0:
+            bank.remove([m.id for m in bank.list() if m.text.startswith("other")])
+        elif number % 3 == 1:
+            bank.merge(more)
+        else:
+            bank.compact()
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_nothing_is_lost_or_half_there(path: Path, tmp_path: Path) -> None:
+    """SIGKILL amid add, remove, merge and compact, again and again on the same bank."""
+    Bank.create(path, FINGERPRINT, DK, D).close()
+    with Bank.create(tmp_path / "other.db", FINGERPRINT, DK, D) as other:
+        other.add(memory(key, f"other {n}") for n, key in enumerate(clustered(300)))
+    random = np.random.default_rng(5)
+    acknowledged: set[int] = set()
+    for turn in range(20):
+        first = turn * 10_000
+        command = [sys.executable, "-c", WORK, str(path), str(tmp_path / "other.db"), str(first)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(random.uniform(0, 0.15))
+        process.kill()
+        acknowledged |= {int(line) for line in process.stdout.read().splitlines()}
+        process.wait()
+        with Bank.open(path) as bank:
+            assert bank.verify().sound
+            texts = [m.text for m in bank.list()]
+        taught = {int(text.split()[1]) for text in texts if text.startswith("taught")}
+        assert acknowledged <= taught and len(taught - acknowledged) <= turn + 1
+        assert sum(text.startswith("other") for text in texts) in (0, 300)
+    assert len(acknowledged) > 20
