@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyalign.bank import Bank
 from tinyalign.runtime import EncodedPicture, TinyAlign
+from tinyalign.runtime.teach import create_bank
 from tinyalign.training.episodes import NAME_QUESTIONS, UNKNOWN
 from tinyalign.training.facts import ATTRIBUTES, UNSEEN_ATTRIBUTES, draw_fact, invented_name
 from tinyalign.training.features import Record, load_features
@@ -152,12 +152,7 @@ def teach(model: TinyAlign, like: EncodedPicture) -> dict[str, Any]:
     right: dict[str, list[bool]] = defaultdict(list)
     shown: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as folder:
-        bank = Bank.create(
-            Path(folder) / "taught.sqlite",
-            model.parts.manifest.fingerprint,
-            model.parts.keys.width,
-            model.parts.manifest.compressor.width,
-        )
+        bank = create_bank(model, Path(folder) / "taught.sqlite")
         lessons = []
         for id in objects:
             name, fact = invented_name(rng), draw_fact(rng)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from tinyalign.bank import Bank
 from tinyalign.runtime import TinyAlign
+from tinyalign.runtime.teach import create_bank
 
 PICTURE = Path(__file__).parent / "pictures" / "octopus.webp"
 TEXT = "This is a zorvin. Its owner is Mira. It is kept in the greenhouse."
@@ -37,9 +37,7 @@ def main() -> None:
             print(f"  {question}  {model.ask(picture, question).text}")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "mine.sqlite"
-            manifest, keys = model.parts.manifest, model.parts.keys
-            width = manifest.compressor.width
-            with Bank.create(path, manifest.fingerprint, keys.width, width) as bank:
+            with create_bank(model, path) as bank:
                 bank.add([model.memory(PICTURE, TEXT)])
             with TinyAlign.load(banks=["default", path]) as taught:
                 print(f"taught: {TEXT}")

@@ -197,8 +197,8 @@ def teach(
     return Taught(tuple(added), tuple(known), tuple(failed))
 
 
-def create_bank(model: TinyAlign, path: Path) -> Bank:
-    """A new bank for a model."""
+def create_bank(model: TinyAlign, path: str | Path) -> Bank:
+    """A new, empty bank for a model at `path`; BankError if something is there already."""
     manifest = model.parts.manifest
     return Bank.create(
         path, manifest.fingerprint, model.parts.keys.width, manifest.compressor.width

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageOps
 
-from tinyalign.bank import Bank
 from tinyalign.export.model_dir import Precisions, write_bank, write_components, write_manifest
 from tinyalign.runtime import TinyAlign
+from tinyalign.runtime.teach import create_bank
 from tinyalign.training.answer import answer
 from tinyalign.training.features import load_features
 from tinyalign.training.parts import DEFAULT_WEIGHTS, load_parts
+from tinyalign.training.sources import SourceError
 
 pytestmark = pytest.mark.real
 
@@ -89,10 +90,9 @@ def another_view(path: Path) -> Image.Image:
 
 
 def test_taught_by_one_example_it_knows_names_and_facts(model: TinyAlign, tmp_path: Path) -> None:
-    manifest, keys = model.parts.manifest, model.parts.keys
     path = tmp_path / "mine.sqlite"
     texts = [f"This is a {name}. {fact}" for _, name, fact, _, _ in LESSONS]
-    with Bank.create(path, manifest.fingerprint, keys.width, manifest.compressor.width) as bank:
+    with create_bank(model, path) as bank:
         bank.add(
             model.memory(PICTURES / lesson[0], text)
             for lesson, text in zip(LESSONS, texts, strict=True)
@@ -125,7 +125,7 @@ def test_the_default_bank_holds_no_example_and_no_held_out_picture(model: TinyAl
         assert held not in sources
     try:
         _, records = load_features()
-    except Exception:
+    except SourceError:
         pytest.skip("no feature cache here")
     assert not sources & {record.id for record in records if record.split == "held"}
 

@@ -125,7 +125,6 @@ def test_questions_of_an_episode_do_not_see_each_other(world: World) -> None:
 
 def test_padding_changes_nothing(world: World) -> None:
     short, long = episode(1, memories=0), episode(3, memories=3)
-    sizes = [6 + 9, 0]
     alone = [loss_of(world, [short]).item(), loss_of(world, [long]).item()]
     sizes = [
         sum(len(encode_text(world.parts.tokenizer, t.answer)) + 1 for t in e.turns)

@@ -78,6 +78,14 @@ def memory_ids(tokenizer: Tokenizer, text: str, longest: int) -> tuple[int, ...]
     return encode_text(tokenizer, text.strip())[:longest]
 
 
+def text_rows(texts: Sequence[tuple[int, ...]], table: Tensor, longest: int) -> Tensor:
+    """The compressor's text input [n, N, D] of token ids, zero rows behind; N is `longest`."""
+    rows = torch.zeros(len(texts), longest, table.shape[1])
+    for row, ids in zip(rows, texts, strict=True):
+        row[: len(ids)] = table[list(ids)]
+    return rows
+
+
 def make_batch(
     episodes: Sequence[Episode], spec: PromptSpec, tokenizer: Tokenizer, longest_memory: int
 ) -> Batch:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tinyalign.bank import Bank, NewMemory, content_hash
-from tinyalign.training.batch import memory_ids
+from tinyalign.training.batch import memory_ids, text_rows
 from tinyalign.training.features import Record, load_thumbnails
 from tinyalign.training.fingerprint import fingerprint_of
 from tinyalign.training.world import World, cells_of
@@ -62,12 +62,9 @@ def latents_of(world: World, rows: Sequence[int], texts: Sequence[str]) -> list[
     """Used latents of some memories, each f32 [1 + used text latents, d]."""
     parts = world.parts
     shape = parts.compressor.shape
-    table = parts.embeddings.float()
-    tokens = torch.zeros(len(rows), shape.max_text_tokens, shape.width)
-    used = []
-    for number, text in enumerate(texts):
-        ids = memory_ids(parts.tokenizer, text, shape.max_text_tokens)
-        tokens[number, : len(ids)] = table[list(ids)]
-        used.append(1 + -(-len(ids) // shape.tokens_per_latent))
+    longest = shape.max_text_tokens
+    ids = [memory_ids(parts.tokenizer, text, longest) for text in texts]
+    tokens = text_rows(ids, parts.embeddings.float(), longest)
     latents = parts.compressor(tokens, cells_of(world, rows)).numpy()
-    return [latents[number, : used[number]] for number in range(len(rows))]
+    used = (1 + -(-len(text) // shape.tokens_per_latent) for text in ids)
+    return [rows[:count] for rows, count in zip(latents, used, strict=True)]

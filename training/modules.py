@@ -132,21 +132,6 @@ class Connector(nn.Module):
         return tokens, ids
 
 
-class PlainConnector(nn.Module):
-    """The paper's connector: a two-layer MLP (`mlp2x_gelu`) with no soft vocabulary, for
-    comparison."""
-
-    def __init__(self, shape: ConnectorShape) -> None:
-        super().__init__()
-        self.shape = shape
-        self.hidden = nn.Linear(shape.vision_width, shape.hidden)
-        self.out = nn.Linear(shape.hidden, shape.width)
-
-    def forward(self, cells: Tensor) -> Tensor:
-        """cells [B, C, Dv] -> image tokens [B, C, D]."""
-        return self.out(F.gelu(self.hidden(cells)))
-
-
 @dataclass(frozen=True)
 class MemoryShape:
     """Sizes of a memory's latents: one for the picture, the others for the text."""

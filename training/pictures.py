@@ -12,7 +12,7 @@ import json
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -512,9 +512,3 @@ def _picture(
     return Picture(
         id, source, name, concept, kind, meaning.gloss, split_of(concept), licence, creator, file
     )
-
-
-def all_pictures(cache: Path | None = None) -> Iterator[Picture]:
-    """Every picture of every source."""
-    for source in SOURCES:
-        yield from pictures_of(source, cache)

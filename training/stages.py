@@ -39,6 +39,7 @@ from tinyalign.training.batch import (
     embed_batch,
     make_batch,
     memory_ids,
+    text_rows,
 )
 from tinyalign.training.episodes import aligned_episode, draw_episode, rows_by_source
 from tinyalign.training.features import Record
@@ -252,9 +253,7 @@ def train_reconstruct(run: Run) -> None:
         longest = parts.compressor.shape.max_text_tokens
         texts = [memory_ids(parts.tokenizer, world.bank_texts[place], longest) for place in places]
         table = parts.embeddings.detach().float()
-        tokens = torch.zeros(len(texts), longest, table.shape[1])
-        for number, ids in enumerate(texts):
-            tokens[number, : len(ids)] = table[list(ids)]
+        tokens = text_rows(texts, table, longest)
         latents = parts.compressor(tokens, cells_of(world, [int(world.bank[p]) for p in places]))
         memory, keep = parts.rag_connector(latents)  # [K, M, D], [K, M]
         sequences, labels = [], []

@@ -16,7 +16,6 @@ from tinyalign.training.sources import vision_weights
 
 IMAGE_SIZE = 260
 WIDTH = 1280
-GRID = 9  # patches a side after five halvings of 260
 CELLS = 10  # the whole picture and 3x3 cells
 CLASSES = 1000
 _STEM = 32
