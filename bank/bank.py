@@ -58,11 +58,12 @@ class Bank:
         key_width: int,
         latent_width: int,
         name: str = "",
+        score_floor: float | None = None,
     ) -> Bank:
         """Create a bank and open it for writing; ``name`` is the file's stem unless given."""
         path = Path(path)
         header = Header(fingerprint, key_width, latent_width, name or path.stem)
-        return cls(create_store(path, header), header.name)
+        return cls(create_store(path, header, score_floor), header.name)
 
     @classmethod
     def open(
@@ -116,6 +117,28 @@ class Bank:
     def read_only(self) -> bool:
         """Whether the bank is open for reading only."""
         return self._store.read_only
+
+    @property
+    def score_floor(self) -> float | None:
+        """The score below which a memory is not relevant; None if the bank has no floor.
+
+        It is stored for whoever asks the bank: ``search`` itself does not apply it.
+        """
+        return self._store.score_floor()
+
+    def set_score_floor(self, value: float | None) -> None:
+        """Store a score floor (-1 to 1), or with None remove it."""
+        self._store.set_score_floor(value)
+
+    def calibrate(self) -> float:
+        """Measure a score floor on the bank's own memories, store and return it.
+
+        It is the 10th percentile of how near the nearest other memory comes, over at most 800
+        memories. InputError below 20 memories.
+        """
+        value = health.measured_floor(self._store)
+        self.set_score_floor(value)
+        return value
 
     def __len__(self) -> int:
         return self._store.count()
@@ -232,7 +255,10 @@ class Bank:
         return [self._hit(memories[number], score) for number, score in found if number in memories]
 
     def merge(self, other: Bank) -> int:
-        """Add all memories of another bank, in one step; returns how many were not known yet."""
+        """Add all memories of another bank, in one step; returns how many were not known yet.
+
+        An empty bank without a score floor takes the other's.
+        """
         if other.fingerprint != self.fingerprint:
             raise BankError(
                 f"{other.path} and {self.path} were made for different models (fingerprints "
@@ -241,14 +267,19 @@ class Bank:
         if self.path.resolve() == other.path.resolve():
             raise InputError(f"{self.path} cannot be merged into itself")
         with other._store.reading():
-            return self._store.copy((row, small) for _, row, small in other._store.rows())
+            floor = other._store.score_floor()
+            rows = ((row, small) for _, row, small in other._store.rows())
+            return self._store.copy(rows, floor)
 
     def export(self, directory: str | os.PathLike[str]) -> int:
         """Write all memories to a new folder as JSONL and thumbnails; returns how many."""
         return transfer.export_bank(self._store, Path(directory))
 
     def import_folder(self, directory: str | os.PathLike[str]) -> int:
-        """Add what ``export`` wrote, in one step; returns how many were not known yet."""
+        """Add what ``export`` wrote, in one step; returns how many were not known yet.
+
+        An empty bank without a score floor takes the exported one.
+        """
         return transfer.import_bank(self._store, Path(directory))
 
     def stats(self) -> Stats:

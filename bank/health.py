@@ -8,10 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from tinyalign.bank import index
+from tinyalign.bank.errors import InputError
 from tinyalign.bank.index import IndexState
+from tinyalign.bank.memory import Floats
 from tinyalign.bank.store import Store
 
 SAMPLE = 200  # memories whose nearest other memory is looked for
+FLOOR_SAMPLE = 800  # the same, to measure a score floor
+FLOOR_MEMORIES = 20  # fewer say nothing about a floor
+FLOOR_PERCENTILE = 10  # as the model's own floor (training/keys.py)
 ROWS_AT_ONCE = 8192
 
 
@@ -39,6 +44,7 @@ class Stats:
     index: IndexState
     index_bytes: int  # of the cache beside it
     nearest: Nearness | None  # None below two memories
+    score_floor: float | None  # None if the bank has none of its own
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def stats(store: Store) -> Stats:
         index=index.state(store),
         index_bytes=sum(map(_bytes, index.cache_files(store.path))),
         nearest=_nearness(store),
+        score_floor=store.score_floor(),
     )
 
 
@@ -79,18 +86,36 @@ def verify(store: Store) -> Report:
     return Report(store.count(), index.state(store), tuple(store.problems()))
 
 
+def measured_floor(store: Store) -> float:
+    """The 10th percentile of the nearest other memory's score; InputError below 20 memories."""
+    _, keys = store.keys()
+    if len(keys) < FLOOR_MEMORIES:
+        raise InputError(
+            f"{store.path} has {len(keys)} memories: a score floor is measured on "
+            f"{FLOOR_MEMORIES} or more; set one by hand"
+        )
+    floor = float(np.percentile(_nearest_scores(keys, FLOOR_SAMPLE), FLOOR_PERCENTILE))
+    return min(max(floor, -1.0), 1.0)
+
+
 def _nearness(store: Store) -> Nearness | None:
     _, keys = store.keys()
     if len(keys) < 2:
         return None
-    sample = np.unique(np.linspace(0, len(keys) - 1, SAMPLE).astype(np.int64))
+    scores = _nearest_scores(keys, SAMPLE)
+    return Nearness(*(float(value) for value in np.percentile(scores, [10, 50, 90])))
+
+
+def _nearest_scores(keys: Floats, count: int) -> Floats:
+    """The score of the nearest other key [S], for up to ``count`` keys evenly spread."""
+    sample = np.unique(np.linspace(0, len(keys) - 1, count).astype(np.int64))
     best = np.full(len(sample), -np.inf, np.float32)
     for start in range(0, len(keys), ROWS_AT_ONCE):
         scores = keys[sample] @ keys[start : start + ROWS_AT_ONCE].T  # [S, rows]
         here = (sample >= start) & (sample < start + ROWS_AT_ONCE)
         scores[here, sample[here] - start] = -np.inf  # not with itself
         best = np.maximum(best, scores.max(axis=1))
-    return Nearness(*(float(value) for value in np.percentile(best, [10, 50, 90])))
+    return best
 
 
 def _bytes(path: Path) -> int:

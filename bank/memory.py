@@ -171,6 +171,13 @@ def check_key(key: Any, width: int) -> Floats:
     return array
 
 
+def check_floor(value: object) -> float:
+    """A score floor as a float; what is no finite number from -1 to 1 raises InputError."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -1 <= value <= 1:
+        raise InputError(f"a score floor is a number from -1 to 1, not {value!r}")
+    return float(value)
+
+
 def check_value(name: object, value: object) -> None:
     """One metadata entry: a name and a string, a finite number or a bool; else InputError."""
     if not isinstance(name, str) or not name:

@@ -49,6 +49,7 @@ SCHEMA = (
     "CREATE TABLE thumbnails (id INTEGER PRIMARY KEY, image BLOB NOT NULL)",
 )
 TABLES = {"meta", "generations", "memories", "thumbnails"}
+SET_FLOOR = "INSERT OR REPLACE INTO meta VALUES ('score_floor', ?)"
 COLUMNS = "m.id, m.content_hash, m.key, m.latents, m.scales, m.text, m.source, m.metadata"
 
 
@@ -70,9 +71,11 @@ class Generation:
     token: str
 
 
-def create_store(path: Path, header: Header) -> Store:
+def create_store(path: Path, header: Header, score_floor: float | None = None) -> Store:
     """Create a bank file in WAL mode; BankError if there is one already."""
     _check_header(header)
+    if score_floor is not None:
+        score_floor = codec.check_floor(score_floor)
     with explained(path):
         if path.exists() and (not path.is_file() or path.stat().st_size > 0):
             raise BankError(f"{path} already exists")
@@ -87,6 +90,8 @@ def create_store(path: Path, header: Header) -> Store:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {FORMAT}")
             connection.executemany("INSERT INTO meta VALUES (?, ?)", list(vars(header).items()))
+            if score_floor is not None:
+                connection.execute(SET_FLOOR, (score_floor,))
             _next_generation(connection)
             connection.execute("COMMIT")
             connection.execute("PRAGMA journal_mode = WAL")
@@ -161,6 +166,14 @@ class Store:
         if not isinstance(number, int) or not isinstance(token, str):
             raise BankError(f"{self.path} is damaged: it has no generation")
         return Generation(number, token)
+
+    def score_floor(self) -> float | None:
+        """The score below which a memory has nothing to say, or None if none is set."""
+        rows = self._rows("SELECT value FROM meta WHERE name = 'score_floor'")
+        try:
+            return codec.check_floor(rows[0][0]) if rows else None
+        except InputError as error:
+            raise BankError(f"{self.path} is damaged: {error}") from None
 
     def knows(self, generation: Generation) -> bool:
         """Whether ``generation`` is a recent state in the history of this very file."""
@@ -250,14 +263,34 @@ class Store:
                 _next_generation(self._connection)
         return ids
 
-    def copy(self, rows: Iterable[tuple[Row, bytes | None]]) -> int:
-        """Add checked (row, thumbnail) pairs in one transaction; how many were not known yet."""
+    def copy(
+        self, rows: Iterable[tuple[Row, bytes | None]], score_floor: float | None = None
+    ) -> int:
+        """Add checked (row, thumbnail) pairs in one transaction; how many were not known yet.
+
+        A bank that is empty and has no score floor takes this one.
+        """
         self._check_writable()
         with self._transaction("BEGIN IMMEDIATE"):
+            adopts = score_floor is not None and not self.count() and self.score_floor() is None
+            if adopts:
+                self._connection.execute(SET_FLOOR, (score_floor,))
             added = sum(self._add_one(row, thumbnail)[1] for row, thumbnail in rows)
-            if added:
+            if added or adopts:
                 _next_generation(self._connection)
         return added
+
+    def set_score_floor(self, value: float | None) -> None:
+        """Store a score floor, or with None remove it."""
+        self._check_writable()
+        if value is not None:
+            value = codec.check_floor(value)
+        with self._transaction("BEGIN IMMEDIATE"):
+            if value is None:
+                self._connection.execute("DELETE FROM meta WHERE name = 'score_floor'")
+            else:
+                self._connection.execute(SET_FLOOR, (value,))
+            _next_generation(self._connection)
 
     def update(
         self, number: int, source: str | None, metadata: str | None, thumbnail: bytes | None

@@ -1,6 +1,6 @@
 """A bank as a folder that people and other programs can read: JSONL and thumbnails.
 
-    bank.json           what the bank was made for
+    bank.json           what the bank was made for, and its score floor (null if it has none)
     memories.jsonl      one memory a line, by id; vectors as base64 of the stored bytes
     thumbnails/ID.webp  the pictures (whatever their encoding: the name is only for people)
 
@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from tinyalign.bank.errors import BankError, InputError
-from tinyalign.bank.memory import Row, check_row, check_text, decode_metadata, metadata_json
+from tinyalign.bank.memory import (
+    Row,
+    check_floor,
+    check_row,
+    check_text,
+    decode_metadata,
+    metadata_json,
+)
 from tinyalign.bank.store import FORMAT, Header, Store
 
 HEADER = "bank.json"
@@ -49,12 +56,18 @@ def export_bank(store: Store, directory: Path) -> int:
 
 def read_header(directory: Path) -> Header:
     """What an exported folder's bank was made for; BankError if the folder is none."""
+    return _read_header(directory)[0]
+
+
+def _read_header(directory: Path) -> tuple[Header, float | None]:
+    """The header and the score floor."""
     try:
         data = json.loads((directory / HEADER).read_text("utf-8"))
         version = data.pop("format")
         if isinstance(version, int) and version > FORMAT:
             raise BankError(f"{directory} has bank format {version}, newer than {FORMAT}")
-        return Header(**data)
+        floor = data.pop("score_floor", None)
+        return Header(**data), None if floor is None else check_floor(floor)
     except OSError as error:
         raise BankError(f"{directory} is no exported bank: {HEADER}: {error.strerror}") from None
     except BankError:
@@ -65,23 +78,22 @@ def read_header(directory: Path) -> Header:
 
 def import_bank(store: Store, directory: Path) -> int:
     """Add all memories of an exported folder, in one step; returns how many were not known yet."""
-    made_for = read_header(directory).fingerprint
-    if made_for != store.header.fingerprint:
+    header, floor = _read_header(directory)
+    if header.fingerprint != store.header.fingerprint:
         raise BankError(
-            f"{directory} was made for another model (fingerprint {made_for[:12]}, the bank's is "
-            f"{store.header.fingerprint[:12]})"
+            f"{directory} was made for another model (fingerprint {header.fingerprint[:12]}, the "
+            f"bank's is {store.header.fingerprint[:12]})"
         )
-    return store.copy(_read(directory, store.header))
+    return store.copy(_read(directory, store.header), floor)
 
 
 def _write(store: Store, directory: Path) -> int:
     (directory / THUMBNAILS).mkdir()
-    header = {"format": FORMAT, **asdict(store.header)}
-    (directory / HEADER).write_text(
-        json.dumps(header, ensure_ascii=False, indent=2) + "\n", "utf-8"
-    )
     count = 0
     with (directory / MEMORIES).open("w", encoding="utf-8", newline="\n") as file, store.reading():
+        header = {"format": FORMAT, **asdict(store.header), "score_floor": store.score_floor()}
+        text = json.dumps(header, ensure_ascii=False, indent=2)
+        (directory / HEADER).write_text(text + "\n", "utf-8")
         for number, row, thumbnail in store.rows():
             line = _to_json(number, row)
             if thumbnail is not None:

@@ -234,6 +234,76 @@ def test_index_states(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert bank.stats().index == "cached"
 
 
+# --- the score floor -------------------------------------------------------------------------
+
+
+def test_score_floor_stays_with_the_bank(path: Path, tmp_path: Path) -> None:
+    fill(path, 30)
+    with Bank.open(path) as bank:
+        assert bank.score_floor is None and bank.stats().score_floor is None
+        bank.set_score_floor(0.25)
+        with Bank.open(path, read_only=True) as reader:
+            assert reader.score_floor == reader.stats().score_floor == 0.25
+            bank.set_score_floor(-1)
+            assert reader.score_floor == -1
+            with pytest.raises(BankError, match="reading only"):
+                reader.set_score_floor(0.5)
+        bank.set_score_floor(0.5)
+        bank.compact()
+        bank.seal()
+        bank.export(tmp_path / "out")
+    with Bank.open(path) as bank, Bank.create(tmp_path / "new.db", FINGERPRINT, DK, D) as new:
+        assert bank.score_floor == 0.5
+        new.merge(bank)
+        assert new.score_floor == 0.5
+        bank.set_score_floor(0.75)
+        new.merge(bank)
+        assert new.score_floor == 0.5  # it has memories of its own
+    with Bank.create(tmp_path / "back.db", FINGERPRINT, DK, D) as back:
+        back.import_folder(tmp_path / "out")
+        assert back.score_floor == 0.5
+        back.set_score_floor(None)
+        back.import_folder(tmp_path / "out")
+        assert back.score_floor is None
+    with Bank.create(tmp_path / "own.db", FINGERPRINT, DK, D, score_floor=0.125) as own:
+        own.import_folder(tmp_path / "out")
+        assert own.score_floor == 0.125
+
+
+@pytest.mark.parametrize("value", [1.5, -2, float("nan"), float("inf"), "0.5", True, 10**400])
+def test_bad_score_floor(path: Path, value: Any) -> None:
+    with pytest.raises(InputError, match="score floor is a number from -1 to 1"):
+        Bank.create(path, FINGERPRINT, DK, D, score_floor=value)
+    assert not path.exists()
+    with Bank.create(path, FINGERPRINT, DK, D, score_floor=0.5) as bank:
+        with pytest.raises(InputError, match="score floor is a number from -1 to 1"):
+            bank.set_score_floor(value)
+        assert bank.score_floor == 0.5
+
+
+def test_damaged_score_floor(path: Path) -> None:
+    fill(path, 1)
+    statements(path, "INSERT INTO meta VALUES ('score_floor', 'high')")
+    with Bank.open(path) as bank, pytest.raises(BankError, match=r"damaged: a score floor is"):
+        assert bank.score_floor
+
+
+def test_calibrate_measures_the_nearest_other_memory(path: Path) -> None:
+    keys = fill(path, 19)
+    with Bank.open(path) as bank:
+        with pytest.raises(InputError, match="19 memories: a score floor is measured on 20"):
+            bank.calibrate()
+        assert bank.score_floor is None
+    path.unlink()
+    keys = fill(path, 900)
+    scores = keys @ keys.T
+    np.fill_diagonal(scores, -1)
+    with Bank.open(path) as bank:
+        floor = bank.calibrate()
+        assert floor == bank.score_floor
+        assert floor == pytest.approx(np.percentile(scores.max(axis=1), 10), abs=0.01)
+
+
 # --- export and import -----------------------------------------------------------------------
 
 
