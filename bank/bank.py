@@ -14,10 +14,11 @@ import builtins
 import operator
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Protocol
 
 from tinyalign.bank import health, index, transfer
 from tinyalign.bank.errors import BankError, InputError
@@ -28,6 +29,7 @@ from tinyalign.bank.memory import (
     Memory,
     Metadata,
     NewMemory,
+    Stored,
     check_key,
     check_text,
     encode,
@@ -254,33 +256,36 @@ class Bank:
         memories = self._store.memories_by_id([number for number, _ in found])
         return [self._hit(memories[number], score) for number, score in found if number in memories]
 
-    def merge(self, other: Bank) -> int:
+    def rows(self) -> Generator[Stored, None, None]:
+        """Every memory as it is stored, by id: (id, row, thumbnail), all of one state."""
+        with self._store.reading():
+            yield from self._store.rows()
+
+    def merge(self, other: MemoryBank) -> int:
         """Add all memories of another bank, in one step; returns how many were not known yet.
 
         An empty bank without a score floor takes the other's.
         """
-        if other.fingerprint != self.fingerprint:
-            raise BankError(
-                f"{other.path} and {self.path} were made for different models (fingerprints "
-                f"{other.fingerprint[:12]} and {self.fingerprint[:12]})"
-            )
-        if self.path.resolve() == other.path.resolve():
+        check_same_model(self, other)
+        if isinstance(other, Bank) and self.path.resolve() == other.path.resolve():
             raise InputError(f"{self.path} cannot be merged into itself")
-        with other._store.reading():
-            floor = other._store.score_floor()
-            rows = ((row, small) for _, row, small in other._store.rows())
-            return self._store.copy(rows, floor)
+        with closing(other.rows()) as rows:
+            pairs = ((row, small) for _, row, small in rows)
+            return self._store.copy(pairs, other.score_floor)
 
     def export(self, directory: str | os.PathLike[str]) -> int:
         """Write all memories to a new folder as JSONL and thumbnails; returns how many."""
-        return transfer.export_bank(self._store, Path(directory))
+        store = self._store
+        with store.reading():
+            rows = store.rows()
+            return transfer.export_bank(store.header, store.score_floor(), rows, Path(directory))
 
     def import_folder(self, directory: str | os.PathLike[str]) -> int:
         """Add what ``export`` wrote, in one step; returns how many were not known yet.
 
         An empty bank without a score floor takes the exported one.
         """
-        return transfer.import_bank(self._store, Path(directory))
+        return self._store.copy(*transfer.read_export(Path(directory), self._store.header))
 
     def stats(self) -> Stats:
         """The bank in numbers."""
@@ -306,15 +311,81 @@ class Bank:
         return Hit(m.id, score, m.text, m.source, m.metadata, m.latents, self._name)
 
 
+class MemoryBank(Protocol):
+    """What every bank can do, in a file (``Bank``) or in Qdrant (``qdrant.QdrantBank``)."""
+
+    @property
+    def path(self) -> Path | str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def key_width(self) -> int: ...
+    @property
+    def latent_width(self) -> int: ...
+    @property
+    def read_only(self) -> bool: ...
+    @property
+    def score_floor(self) -> float | None: ...
+    def set_score_floor(self, value: float | None) -> None: ...
+    def calibrate(self) -> float: ...
+    def __len__(self) -> int: ...
+    def __enter__(self) -> MemoryBank: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+    def close(self) -> None: ...
+    def add(self, memories: Iterable[NewMemory]) -> builtins.list[int]: ...
+    def get(self, id: int) -> Memory: ...
+    def find(self, content_hash: str) -> int | None: ...
+    def list(self, where: Metadata | None = None) -> builtins.list[Memory]: ...
+    def rows(self) -> Generator[Stored, None, None]: ...
+    def update(
+        self,
+        id: int,
+        *,
+        source: str | None = None,
+        metadata: Metadata | None = None,
+        thumbnail: bytes | None = None,
+    ) -> None: ...
+    def replace(self, id: int, memory: NewMemory) -> int: ...
+    def remove(self, ids: Iterable[int]) -> None: ...
+    def search(
+        self,
+        key: Floats,
+        k: int = 3,
+        where: Metadata | None = None,
+        exclude: frozenset[int] = frozenset(),
+    ) -> builtins.list[Hit]: ...
+    def merge(self, other: MemoryBank) -> int: ...
+    def export(self, directory: str | os.PathLike[str]) -> int: ...
+    def import_folder(self, directory: str | os.PathLike[str]) -> int: ...
+    def stats(self) -> Stats: ...
+    def verify(self) -> Report: ...
+    def reindex(self) -> None: ...
+    def compact(self) -> None: ...
+    def seal(self) -> None: ...
+
+
+def check_same_model(bank: MemoryBank, other: MemoryBank) -> None:
+    """BankError if two banks were made for different models."""
+    if other.fingerprint != bank.fingerprint:
+        raise BankError(
+            f"{other.path} and {bank.path} were made for different models (fingerprints "
+            f"{other.fingerprint[:12]} and {bank.fingerprint[:12]})"
+        )
+
+
 def search_banks(
-    banks: Sequence[Bank], key: Floats, k: int = 3, where: Metadata | None = None
+    banks: Sequence[MemoryBank], key: Floats, k: int = 3, where: Metadata | None = None
 ) -> list[Hit]:
     """The k best hits of several banks for one model, best first, ties in the banks' order."""
     if len({bank.fingerprint for bank in banks}) > 1:
-        raise BankError("the banks were made for different models: " + _names(banks))
+        names = ", ".join(str(bank.path) for bank in banks)
+        raise BankError("the banks were made for different models: " + names)
     hits = [hit for bank in banks for hit in bank.search(key, k, where)]
     return sorted(hits, key=lambda hit: -hit.score)[:k]
-
-
-def _names(banks: Sequence[Any]) -> str:
-    return ", ".join(str(bank.path) for bank in banks)

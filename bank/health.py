@@ -39,8 +39,8 @@ class Stats:
     latent_width: int
     memories: int
     thumbnails: int
-    file_bytes: int  # of the bank file and what SQLite keeps beside it
-    bytes_per_memory: float  # 0 for an empty bank
+    file_bytes: int | None  # of the bank file and what SQLite keeps beside it; None on a server
+    bytes_per_memory: float | None  # 0 for an empty bank
     index: IndexState
     index_bytes: int  # of the cache beside it
     nearest: Nearness | None  # None below two memories
@@ -89,21 +89,33 @@ def verify(store: Store) -> Report:
 def measured_floor(store: Store) -> float:
     """The 10th percentile of the nearest other memory's score; InputError below 20 memories."""
     _, keys = store.keys()
-    if len(keys) < FLOOR_MEMORIES:
+    check_enough(store.path, len(keys))
+    return floor_of(_nearest_scores(keys, FLOOR_SAMPLE))
+
+
+def check_enough(path: object, memories: int) -> None:
+    """InputError if a bank has too few memories to measure a score floor on."""
+    if memories < FLOOR_MEMORIES:
         raise InputError(
-            f"{store.path} has {len(keys)} memories: a score floor is measured on "
+            f"{path} has {memories} memories: a score floor is measured on "
             f"{FLOOR_MEMORIES} or more; set one by hand"
         )
-    floor = float(np.percentile(_nearest_scores(keys, FLOOR_SAMPLE), FLOOR_PERCENTILE))
+
+
+def floor_of(nearest: Floats) -> float:
+    """A score floor from the scores [S] of memories' nearest other memories."""
+    floor = float(np.percentile(nearest, FLOOR_PERCENTILE))
     return min(max(floor, -1.0), 1.0)
+
+
+def nearness_of(nearest: Floats) -> Nearness:
+    """Percentiles of the scores [S] of memories' nearest other memories."""
+    return Nearness(*(float(value) for value in np.percentile(nearest, [10, 50, 90])))
 
 
 def _nearness(store: Store) -> Nearness | None:
     _, keys = store.keys()
-    if len(keys) < 2:
-        return None
-    scores = _nearest_scores(keys, SAMPLE)
-    return Nearness(*(float(value) for value in np.percentile(scores, [10, 50, 90])))
+    return nearness_of(_nearest_scores(keys, SAMPLE)) if len(keys) > 1 else None
 
 
 def _nearest_scores(keys: Floats, count: int) -> Floats:

@@ -54,8 +54,8 @@ ROWS_AT_ONCE = 8192
 
 Ids = NDArray[np.int64]
 # exact: no graph is used. cached: a graph that fits lies beside the bank. missing, stale: there is
-# none, or one that is damaged or of another bank; the next search builds it.
-IndexState: TypeAlias = Literal["exact", "cached", "missing", "stale"]
+# none, or one that is damaged or of another bank; the next search builds it. server: Qdrant's.
+IndexState: TypeAlias = Literal["exact", "cached", "missing", "stale", "server"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,7 +70,7 @@ class Hit:
 
 
 class Row(NamedTuple):
-    """One memory as SQLite holds it (the thumbnail lives in a table of its own)."""
+    """One memory as it is stored; its thumbnail is kept beside it."""
 
     content_hash: bytes  # 32 bytes
     key: bytes  # fp16 [Dk]
@@ -79,6 +79,9 @@ class Row(NamedTuple):
     text: str
     source: str
     metadata: str  # JSON object
+
+
+Stored: TypeAlias = tuple[int, Row, bytes | None]  # id, row, thumbnail
 
 
 def content_hash(image: bytes, text: str) -> str:
@@ -120,6 +123,25 @@ def check_row(row: Row, key_width: int, latent_width: int) -> None:
         NewMemory(key, latents, row.text, row.source, metadata, None, digest),
         key_width,
         latent_width,
+    )
+
+
+def decode(stored: Stored, key_width: int, latent_width: int) -> Memory:
+    """What is stored as a memory; ValueError or TypeError if it is damaged."""
+    number, row, thumbnail = stored
+    if not isinstance(row.text, str) or not isinstance(row.source, str):
+        raise ValueError("bad text")
+    if not isinstance(thumbnail, bytes | None):
+        raise ValueError("bad thumbnail")
+    return Memory(
+        id=number,
+        key=decode_key(row.key, key_width),
+        latents=decode_latents(row.latents, row.scales, latent_width),
+        text=row.text,
+        source=row.source,
+        metadata=decode_metadata(row.metadata),
+        thumbnail=thumbnail,
+        content_hash=bytes(row.content_hash).hex(),
     )
 
 

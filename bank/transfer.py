@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,31 @@ from typing import Any
 from tinyalign.bank.errors import BankError, InputError
 from tinyalign.bank.memory import (
     Row,
+    Stored,
     check_floor,
     check_row,
     check_text,
     decode_metadata,
     metadata_json,
 )
-from tinyalign.bank.store import FORMAT, Header, Store
+from tinyalign.bank.store import FORMAT, Header
 
 HEADER = "bank.json"
 MEMORIES = "memories.jsonl"
 THUMBNAILS = "thumbnails"
 
 
-def export_bank(store: Store, directory: Path) -> int:
-    """Write all memories to a new folder, whole or not at all; returns how many there are."""
+def export_bank(
+    header: Header, score_floor: float | None, rows: Iterable[Stored], directory: Path
+) -> int:
+    """Write a bank to a new folder, whole or not at all; returns how many memories there are."""
     if directory.exists():
         raise InputError(f"{directory} already exists")
     if not directory.parent.is_dir():
         raise InputError(f"there is no directory {directory.parent}")
     temporary = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
     try:
-        count = _write(store, temporary)
+        count = _write(header, score_floor, rows, temporary)
         temporary.chmod(0o755)
         temporary.rename(directory)
     except BaseException:
@@ -76,25 +79,32 @@ def _read_header(directory: Path) -> tuple[Header, float | None]:
         raise BankError(f"{directory / HEADER} is not the header of an exported bank") from None
 
 
-def import_bank(store: Store, directory: Path) -> int:
-    """Add all memories of an exported folder, in one step; returns how many were not known yet."""
-    header, floor = _read_header(directory)
-    if header.fingerprint != store.header.fingerprint:
+def read_export(
+    directory: Path, header: Header
+) -> tuple[Iterator[tuple[Row, bytes | None]], float | None]:
+    """The (row, thumbnail) pairs of an exported folder, to be read once, and its score floor.
+
+    ``header`` is that of the bank to add them to; BankError if the folder is of another model.
+    """
+    exported, floor = _read_header(directory)
+    if exported.fingerprint != header.fingerprint:
         raise BankError(
-            f"{directory} was made for another model (fingerprint {header.fingerprint[:12]}, the "
-            f"bank's is {store.header.fingerprint[:12]})"
+            f"{directory} was made for another model (fingerprint {exported.fingerprint[:12]}, the "
+            f"bank's is {header.fingerprint[:12]})"
         )
-    return store.copy(_read(directory, store.header), floor)
+    return _read(directory, header), floor
 
 
-def _write(store: Store, directory: Path) -> int:
+def _write(
+    header: Header, score_floor: float | None, rows: Iterable[Stored], directory: Path
+) -> int:
     (directory / THUMBNAILS).mkdir()
+    data = {"format": FORMAT, **asdict(header), "score_floor": score_floor}
+    text = json.dumps(data, ensure_ascii=False, indent=2)
+    (directory / HEADER).write_text(text + "\n", "utf-8")
     count = 0
-    with (directory / MEMORIES).open("w", encoding="utf-8", newline="\n") as file, store.reading():
-        header = {"format": FORMAT, **asdict(store.header), "score_floor": store.score_floor()}
-        text = json.dumps(header, ensure_ascii=False, indent=2)
-        (directory / HEADER).write_text(text + "\n", "utf-8")
-        for number, row, thumbnail in store.rows():
+    with (directory / MEMORIES).open("w", encoding="utf-8", newline="\n") as file:
+        for number, row, thumbnail in rows:
             line = _to_json(number, row)
             if thumbnail is not None:
                 name = f"{THUMBNAILS}/{number}.webp"
