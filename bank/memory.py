@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -79,6 +80,15 @@ class Row(NamedTuple):
     text: str
     source: str
     metadata: str  # JSON object
+
+
+def checksum(row: Row, thumbnail: bytes | None) -> int:
+    """CRC-32 of everything stored of a memory: it finds any flipped bit."""
+    texts = (text.encode() for text in (row.text, row.source, row.metadata))
+    parts = [row.content_hash, row.key, row.latents, row.scales, *texts]
+    if thumbnail is not None:
+        parts.append(thumbnail)
+    return zlib.crc32(b"".join(len(part).to_bytes(8, "little") + part for part in parts))
 
 
 Stored: TypeAlias = tuple[int, Row, bytes | None]  # id, row, thumbnail

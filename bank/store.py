@@ -27,7 +27,7 @@ from tinyalign.bank.errors import BankError, InputError
 from tinyalign.bank.memory import Floats, Memory, Metadata, Row, Value
 from tinyalign.bank.sqlite import check_file, connect, connect_read_only, explained, pragma
 
-FORMAT = 1
+FORMAT = 2
 APPLICATION_ID = 0x7441424B  # "tABK" in SQLite's application_id
 MAX_WIDTH = 65_536
 GENERATIONS_KEPT = 1000  # an index older than this many write transactions is rebuilt
@@ -45,12 +45,16 @@ SCHEMA = (
         scales BLOB NOT NULL,
         text TEXT NOT NULL,
         source TEXT NOT NULL,
-        metadata TEXT NOT NULL)""",
+        metadata TEXT NOT NULL,
+        checksum INTEGER NOT NULL)""",
     "CREATE TABLE thumbnails (id INTEGER PRIMARY KEY, image BLOB NOT NULL)",
 )
 TABLES = {"meta", "generations", "memories", "thumbnails"}
 SET_FLOOR = "INSERT OR REPLACE INTO meta VALUES ('score_floor', ?)"
-COLUMNS = "m.id, m.content_hash, m.key, m.latents, m.scales, m.text, m.source, m.metadata"
+SELECT = (
+    "SELECT m.id, m.content_hash, m.key, m.latents, m.scales, m.text, m.source, m.metadata, "
+    "t.image, m.checksum FROM memories m LEFT JOIN thumbnails t ON t.id = m.id"
+)
 
 
 @dataclass(frozen=True)
@@ -222,12 +226,11 @@ class Store:
     def rows(self) -> Iterator[tuple[int, Row, bytes | None]]:
         """Every memory as it is stored, by id, with its thumbnail; BankError at a damaged one."""
         after = -1
-        join = "FROM memories m LEFT JOIN thumbnails t ON t.id = m.id"
-        query = f"SELECT {COLUMNS}, t.image {join} WHERE m.id > ? ORDER BY m.id LIMIT ?"
+        query = f"{SELECT} WHERE m.id > ? ORDER BY m.id LIMIT ?"
         while part := self._rows(query, (after, IDS_PER_QUERY)):
             for row in part:
                 self._decode(row)
-                yield row[0], Row(*row[1:-1]), row[-1]
+                yield row[0], Row(*row[1:-2]), row[-2]
             after = part[-1][0]
 
     def thumbnail_count(self) -> int:
@@ -238,15 +241,9 @@ class Store:
         """What is wrong with the file and its rows, one line each; empty if all is well."""
         checked = self._rows(f"PRAGMA integrity_check({INTEGRITY_PROBLEMS})")
         found = [f"the file: {line}" for (line,) in checked if line != "ok"]
-        for (number,) in self._rows("SELECT id FROM memories ORDER BY id"):
-            try:
-                key = self.memories_by_id([number])[number].key
-                codec.check_key(key, self.header.key_width)
-            except KeyError:
-                continue  # removed meanwhile
-            except InputError as error:
-                reason = "" if isinstance(error, BankError) else f" ({error})"
-                found.append(f"memory {number} cannot be read{reason}")
+        ids = self.ids().tolist()
+        for start in range(0, len(ids), IDS_PER_QUERY):
+            found += self._bad_memories(ids[start : start + IDS_PER_QUERY])
         query = "SELECT id FROM thumbnails WHERE id NOT IN (SELECT id FROM memories)"
         found += [f"thumbnail {number} belongs to no memory" for (number,) in self._rows(query)]
         return found
@@ -298,30 +295,24 @@ class Store:
         """Change what is given (not None) of one memory in place."""
         self._check_writable()
         with self._transaction("BEGIN IMMEDIATE"):
-            query = (
-                "UPDATE memories SET source = coalesce(?, source), "
-                "metadata = coalesce(?, metadata) WHERE id = ?"
-            )
-            if not self._connection.execute(query, (source, metadata, number)).rowcount:
-                raise self._unknown(number)
-            self._set_thumbnail(number, thumbnail)
+            row, picture = self._stored(number)
+            if source is not None:
+                row = row._replace(source=source)
+            if metadata is not None:
+                row = row._replace(metadata=metadata)
+            self._write(number, row, picture if thumbnail is None else thumbnail)
             _next_generation(self._connection)
 
     def replace(self, number: int, row: Row, thumbnail: bytes | None) -> int:
         """Put another memory in the place of one; its id, a new one if the key is another."""
         self._check_writable()
         with self._transaction("BEGIN IMMEDIATE"):
-            execute = self._connection.execute
-            old = execute("SELECT key FROM memories WHERE id = ?", (number,)).fetchone()
-            if old is None:
-                raise self._unknown(number)
-            query = "SELECT id FROM memories WHERE content_hash = ? AND id <> ?"
-            if twin := execute(query, (row.content_hash, number)).fetchone():
-                raise InputError(f"memory {twin[0]} of {self.path} has that picture and text")
-            if old[0] == row.key:
-                columns = ",".join(f"{name} = ?" for name in Row._fields)
-                execute(f"UPDATE memories SET {columns} WHERE id = ?", (*row, number))
-                self._set_thumbnail(number, thumbnail)
+            old, picture = self._stored(number)
+            twin = self.find(row.content_hash)
+            if twin not in (None, number):
+                raise InputError(f"memory {twin} of {self.path} has that picture and text")
+            if old.key == row.key:
+                self._write(number, row, picture if thumbnail is None else thumbnail)
             else:
                 self._remove_one(number)
                 number, _ = self._add_one(row, thumbnail)
@@ -339,17 +330,42 @@ class Store:
 
     # --- inside ----------------------------------------------------------------------------
 
+    def _bad_memories(self, ids: Sequence[int]) -> list[str]:
+        """A line for each of these memories that is damaged; those that are gone are left out."""
+        try:
+            self.memories_by_id(ids)
+        except BankError:
+            if len(ids) == 1:
+                return [f"memory {ids[0]} cannot be read"]
+            return [line for number in ids for line in self._bad_memories([number])]
+        return []
+
     def _add_one(self, row: Row, thumbnail: bytes | None) -> tuple[int, bool]:
         """The memory's id, and whether it is new."""
         execute = self._connection.execute
         query = "SELECT id FROM memories WHERE content_hash = ?"
         if known := execute(query, (row.content_hash,)).fetchone():
             return int(known[0]), False
-        marks = ",".join("?" * len(row))
-        cursor = execute(f"INSERT INTO memories ({','.join(Row._fields)}) VALUES ({marks})", row)
-        number = int(cursor.lastrowid or 0)
+        names, marks = ",".join(Row._fields), ",".join("?" * len(row))
+        query = f"INSERT INTO memories ({names}, checksum) VALUES ({marks}, ?)"
+        number = int(execute(query, (*row, codec.checksum(row, thumbnail))).lastrowid or 0)
         self._set_thumbnail(number, thumbnail)
         return number, True
+
+    def _write(self, number: int, row: Row, thumbnail: bytes | None) -> None:
+        """Put a row and its thumbnail in the place of a memory, under the same id."""
+        names = ",".join(f"{name} = ?" for name in (*Row._fields, "checksum"))
+        values = (*row, codec.checksum(row, thumbnail), number)
+        self._connection.execute(f"UPDATE memories SET {names} WHERE id = ?", values)
+        self._set_thumbnail(number, thumbnail)
+
+    def _stored(self, number: int) -> tuple[Row, bytes | None]:
+        """A memory as it is stored; InputError if there is none, BankError if it is damaged."""
+        rows = self._rows(f"{SELECT} WHERE m.id = ?", (number,))
+        if not rows:
+            raise self._unknown(number)
+        self._decode(rows[0])
+        return Row(*rows[0][1:-2]), rows[0][-2]
 
     def _remove_one(self, number: int) -> None:
         if not self._connection.execute("DELETE FROM memories WHERE id = ?", (number,)).rowcount:
@@ -362,27 +378,16 @@ class Store:
             self._connection.execute(query, (number, thumbnail))
 
     def _memories(self, condition: str, values: Sequence[Value]) -> list[Memory]:
-        join = "FROM memories m LEFT JOIN thumbnails t ON t.id = m.id"
-        rows = self._rows(f"SELECT {COLUMNS}, t.image {join}{condition}", values)
-        return [self._decode(row) for row in rows]
+        return [self._decode(row) for row in self._rows(f"{SELECT}{condition}", values)]
 
     def _decode(self, row: tuple[Any, ...]) -> Memory:
-        number, digest, key, latents, scales, text, source, metadata, thumbnail = row
+        number, *columns, thumbnail, checksum = row
+        stored = Row(*columns)
         try:
-            if not isinstance(text, str) or not isinstance(source, str):
-                raise ValueError("bad text")
-            if not isinstance(thumbnail, bytes | None):
-                raise ValueError("bad thumbnail")
-            return Memory(
-                id=number,
-                key=codec.decode_key(key, self.header.key_width),
-                latents=codec.decode_latents(latents, scales, self.header.latent_width),
-                text=text,
-                source=source,
-                metadata=codec.decode_metadata(metadata),
-                thumbnail=thumbnail,
-                content_hash=digest.hex(),
-            )
+            if codec.checksum(stored, thumbnail) != checksum:
+                raise ValueError("bad checksum")
+            widths = self.header.key_width, self.header.latent_width
+            return codec.decode((number, stored, thumbnail), *widths)
         except (TypeError, ValueError, AttributeError, RecursionError):
             raise self._damaged(number) from None
 
@@ -410,7 +415,10 @@ class Store:
         return InputError(f"{self.path} has no memory {number}")
 
     def _damaged(self, number: int) -> BankError:
-        return BankError(f"{self.path} is damaged: memory {number} cannot be read")
+        return BankError(
+            f"{self.path} is damaged: memory {number} cannot be read; remove it, or take the bank "
+            "from a backup"
+        )
 
 
 def _next_generation(connection: sqlite3.Connection) -> None:
@@ -449,6 +457,11 @@ def _read_header(path: Path, connection: sqlite3.Connection) -> Header:
         raise BankError(
             f"{path} has bank format {version}, newer than {FORMAT}, which this version of "
             "tinyalign reads: upgrade it"
+        )
+    if version < FORMAT:
+        raise BankError(
+            f"{path} has bank format {version}, this version of tinyalign reads {FORMAT}: export "
+            "it with the version that made it and import that folder into a new bank"
         )
     names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
     if missing := TABLES - {name for (name,) in names}:

@@ -585,7 +585,7 @@ DAMAGES = {
         "damaged",
     ),
     "another application": (lambda p: statements(p, "PRAGMA application_id = 7"), "not a memory"),
-    "newer format": (lambda p: statements(p, "PRAGMA user_version = 2"), "format 2, newer than 1"),
+    "newer format": (lambda p: statements(p, "PRAGMA user_version = 3"), "format 3, newer than 2"),
     "table missing": (lambda p: statements(p, "DROP TABLE thumbnails"), "thumbnails is missing"),
     "view for a table": (
         lambda p: statements(

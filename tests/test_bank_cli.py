@@ -354,7 +354,7 @@ BAD_INPUT = [
     (("add", "p3.png", "--text", "x", "--bank", "default"), "the model's own bank"),
     (("add", "p3.png", "--text", "x", "--bank", "p0.png"), "p0.png is not a memory bank"),
     (("add", "p3.png", "--text", "x", "--bank", "foreign.db"), "made for another model"),
-    (("add", "p3.png", "--text", "x", "--bank", "newer.db"), "format 2, newer than 1"),
+    (("add", "p3.png", "--text", "x", "--bank", "newer.db"), "format 3, newer than 2"),
     (("add", "p3.png", "--text", "x", "--bank", "no/b.db"), "no such directory"),
     (("add", "p3.png", "--text", "x", "--set", "room", *MINE), "--set takes KEY=VALUE"),
     (("add", "p3.png", "--text", "x", "--threads", "0", *MINE), "--threads must be 1"),
@@ -438,7 +438,7 @@ def bad(place: Path, bank: str, ok: Callable[..., str]) -> None:
     Bank.create("foreign.db", "0f" * 16, 16, tiny_model.LATENT).close()
     with Bank.create("newer.db", tiny_model.FINGERPRINT, 16, tiny_model.LATENT) as newer:
         newer.seal()
-        newer._store._connection.execute("PRAGMA user_version = 2")
+        newer._store._connection.execute("PRAGMA user_version = 3")
     ok("export", "torn", "--bank", bank)
     lines(place / "torn" / "memories.jsonl", "{}")
 
