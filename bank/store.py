@@ -77,7 +77,7 @@ class Generation:
 
 def create_store(path: Path, header: Header, score_floor: float | None = None) -> Store:
     """Create a bank file in WAL mode; BankError if there is one already."""
-    _check_header(header)
+    check_header(header)
     if score_floor is not None:
         score_floor = codec.check_floor(score_floor)
     with explained(path):
@@ -469,13 +469,14 @@ def _read_header(path: Path, connection: sqlite3.Connection) -> Header:
     meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
     try:
         header = Header(**{name: meta[name] for name in Header.__dataclass_fields__})
-        _check_header(header)
+        check_header(header)
     except (KeyError, InputError):
         raise BankError(f"{path} is damaged: its header is incomplete") from None
     return header
 
 
-def _check_header(header: Header) -> None:
+def check_header(header: Header) -> None:
+    """What a new bank is to be; InputError if that is impossible."""
     for text in (header.fingerprint, header.name):
         if not isinstance(text, str) or not text:
             raise InputError("a bank needs a fingerprint and a name")
