@@ -18,8 +18,8 @@ from tinyalign.runtime.cli import complain, guarded, pairs
 if TYPE_CHECKING:
     from tinyalign.bank import Bank, Memory
     from tinyalign.bank.store import Header
+    from tinyalign.runtime.items import Item
     from tinyalign.runtime.model import TinyAlign
-    from tinyalign.runtime.teach import Item
 
 # All else is imported when it is needed, so that --help is quick and Ctrl-C always quiet.
 
@@ -65,12 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
 def add(arguments: argparse.Namespace) -> int:
     """Add what INPUT names; 1 if pictures of a list could not be read."""
     from tinyalign.runtime.errors import InputError
-    from tinyalign.runtime.teach import teach
+    from tinyalign.runtime.teach import header, model_floor, teach
 
     path = _writable(arguments.bank)
-    items = _items(arguments)
+    items, pictureless = _items(arguments)
     with _model(arguments) as model:
-        taught = teach(model, items, path, _progress(len(items)))
+        with _growing(path, header(model, path.stem), keep_empty=False) as bank:
+            if not len(bank) and bank.score_floor is None:
+                bank.set_score_floor(model_floor(model))
+            taught = teach(model, items, bank, _progress(len(items)))
     alone = Path(arguments.input).is_file() and items[0].place == arguments.input
     if alone and taught.failed:
         raise InputError(taught.failed[0].reason)
@@ -78,21 +81,23 @@ def add(arguments: argparse.Namespace) -> int:
         complain(PROGRAM, f"{failure.item.place}: {failure.reason}")
     if arguments.json:
         failed = [{"place": f.item.place, "reason": f.reason} for f in taught.failed]
-        _print_json({"added": taught.added, "known": taught.known, "failed": failed})
+        result = {"added": taught.added, "known": taught.known, "failed": failed}
+        _print_json(result | {"without_picture": pictureless})
     else:
         counts = (("added", taught.added), ("known already", taught.known))
         parts = [f"{word} {_numbers(ids)}" for word, ids in counts if ids]
         parts += [f"could not read {len(taught.failed)}"] if taught.failed else []
+        parts += [f"left out {len(pictureless)} without a picture"] if pictureless else []
         print("; ".join(parts))
     return 1 if taught.failed else 0
 
 
-def _items(arguments: argparse.Namespace) -> list[Item]:
-    """What INPUT names, with --set on top of its metadata."""
+def _items(arguments: argparse.Namespace) -> tuple[list[Item], list[str]]:
+    """What INPUT names, with --set on top of its metadata, and its entries without a picture."""
     from dataclasses import replace
 
     from tinyalign.runtime.errors import InputError, PictureError
-    from tinyalign.runtime.teach import (
+    from tinyalign.runtime.items import (
         Item,
         read_csv,
         read_folder,
@@ -112,11 +117,14 @@ def _items(arguments: argparse.Namespace) -> list[Item]:
         raise InputError(f"{name} needs a text: --text, or --text-from-name for its file name")
     if text is not None and not text.strip():
         raise InputError("the text is empty: a memory needs a text")
+    pictureless: list[str] = []
     if name == "-":
         items = read_jsonl(_read_text(None), "standard input", Path())
+    elif path.suffix.lower() == ".json":
+        items, pictureless = read_llava(_read_text(path), name, path.parent)
     elif listed:
-        readers = {".jsonl": read_jsonl, ".csv": read_csv, ".json": read_llava}
-        items = readers[path.suffix.lower()](_read_text(path), name, path.parent)
+        reader = read_csv if path.suffix.lower() == ".csv" else read_jsonl
+        items = reader(_read_text(path), name, path.parent)
     elif path.is_dir():
         items = read_folder(path, text)
     elif not path.exists():
@@ -124,9 +132,9 @@ def _items(arguments: argparse.Namespace) -> list[Item]:
     else:
         items = [Item(path, spoken(path) if text is None else text, {}, name)]
     if not items:
-        raise InputError(f"{name} lists nothing to add")
+        raise InputError(f"{name} lists nothing to add" + (" with a picture" * bool(pictureless)))
     extra = pairs(arguments.set, "--set")
-    return [replace(item, metadata={**item.metadata, **extra}) for item in items]
+    return [replace(item, metadata={**item.metadata, **extra}) for item in items], pictureless
 
 
 def update(arguments: argparse.Namespace) -> None:
@@ -371,8 +379,9 @@ def _open(name: str | None, read_only: bool = False) -> Bank:
 
 
 @contextmanager
-def _growing(path: Path, header: Header) -> Iterator[Bank]:
-    """A bank to add to; created if it is not there, and not left behind empty by an error."""
+def _growing(path: Path, header: Header, keep_empty: bool = True) -> Iterator[Bank]:
+    """A bank to add to; created if it is not there, and not left behind empty by an error
+    (nor, without ``keep_empty``, because there was nothing to add)."""
     from tinyalign.bank import Bank
 
     fresh = not path.exists()
@@ -384,12 +393,14 @@ def _growing(path: Path, header: Header) -> Iterator[Bank]:
         with bank:
             try:
                 yield bank
+            except BaseException:
+                keep_empty = False
+                raise
             finally:
                 empty = not len(bank)
-    except BaseException:
-        if fresh and empty:
+    finally:
+        if fresh and empty and not keep_empty:
             path.unlink()  # closing it has removed what lay beside it
-        raise
 
 
 def _writable(name: str | None) -> Path:

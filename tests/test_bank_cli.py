@@ -147,6 +147,23 @@ def test_add_conversations(ok: Callable[..., str], place: Path) -> None:
     assert [m["text"] for m in listed(ok, "--bank", "b.db")] == ["Eh? cup", "Blue.", "red"]
 
 
+def test_add_conversations_of_several_pictures_and_of_none(
+    run: Callable[..., Any], place: Path
+) -> None:
+    talk = [{"from": "human", "value": "Eh?"}, {"from": "gpt", "value": "No"}]
+    several = {"image": ["p0.png", "p1.png", "none.png"], "conversations": talk}
+    lines(place / "llava.json", [several, {"conversations": talk}, {"caption": "no picture"}])
+    code, out, err = run("add", "llava.json", "--bank", "b.db")
+    assert (code, out) == (
+        1,
+        "added 1, 2; could not read 1; left out 2 without a picture\n",
+    )
+    assert err == "tinyalign-bank: llava.json, entry 1: no picture at none.png\n"
+    lines(place / "talk.json", [{"conversations": talk}])
+    code, out, err = run("add", "talk.json", "--bank", "b.db")
+    assert (code, err) == (2, "tinyalign-bank: talk.json lists nothing to add with a picture\n")
+
+
 def test_add_standard_input(
     ok: Callable[..., str], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +173,7 @@ def test_add_standard_input(
         "added": [1],
         "known": [],
         "failed": [],
+        "without_picture": [],
     }
     assert listed(ok, "--bank", "b.db")[0]["text"] == "œ\u2028猫"
 
@@ -170,6 +188,30 @@ def test_add_a_folder(ok: Callable[..., str], place: Path) -> None:
     assert [m["text"] for m in listed(ok, "--bank", "b.db")] == ["a cup 2", "b"]
     out = ok("add", "in", "--text", "cup", "--bank", "b.db")  # the same picture and text twice
     assert out == "added 3; known already 3\n"
+
+
+def test_a_folder_with_what_cannot_be_read(run: Callable[..., Any], place: Path) -> None:
+    (place / "in").mkdir()
+    shutil.copy("p0.png", "in/a.png")
+    (place / "in" / "b.png").symlink_to("gone.png")
+    (place / "in" / "c.heic").write_bytes(b"ftypheic")
+    code, out, err = run("add", "in", "--text", "cup", "--bank", "b.db")
+    assert (code, out) == (1, "added 1; could not read 2\n")
+    assert [line.split(": ")[1] for line in err.splitlines()] == ["in/b.png", "in/c.heic"]
+
+
+def test_add_to_an_empty_bank(ok: Callable[..., str], bank: str) -> None:
+    ok("remove", "1", "2", "3", "--bank", bank)
+    assert ok("add", "p0.png", "--text", "cup", "--bank", bank) == "added 4\n"
+
+
+def test_of_the_same_picture_and_text_the_first_counts(ok: Callable[..., str], place: Path) -> None:
+    twin = {"image": "p1.png", "text": "cup"}
+    more = [{"image": f"p{n}.png", "text": "cup"} for n in (2, 0)]
+    lines(place / "items.jsonl", twin | {"metadata": {"n": 1}}, *more, twin)
+    assert ok("add", "items.jsonl", "--bank", "b.db") == "added 1, 2, 3; known already 1\n"
+    found = [(m["source"], m["metadata"]) for m in listed(ok, "--bank", "b.db")]
+    assert found == [("p1.png", {"n": 1}), ("p2.png", {}), ("p0.png", {})]
 
 
 def test_a_file_name_that_is_not_utf8(ok: Callable[..., str], place: Path) -> None:
@@ -370,6 +412,8 @@ BAD_INPUT = [
     (("add", "notext.jsonl", *MINE), "notext.jsonl, line 2: text is missing"),
     (("add", "unknown.jsonl", *MINE), "line 2: unknown name 'txt'"),
     (("add", "long.jsonl", *MINE), "long.jsonl, line 2: the text is 30 tokens long"),
+    (("add", "longs.jsonl", *MINE), "line 1: the text is 9 tokens long, a memory holds 8: too "),
+    (("add", "longs.jsonl", *MINE), "(and 1 more like this)"),
     (("add", "odd.jsonl", *MINE), "odd.jsonl, line 2: the text is not valid Unicode"),
     (("add", "p3.png", "--text", "\udcff", *MINE), "the text is not valid Unicode"),
     (("update", "1", "--text", "\udcff", *MINE), "the text is not valid Unicode"),
@@ -423,6 +467,7 @@ def bad(place: Path, bank: str, ok: Callable[..., str]) -> None:
     lines(place / "notext.jsonl", GOOD, {"image": "p1.png"})
     lines(place / "unknown.jsonl", GOOD, {"image": "p1.png", "text": "a", "txt": "b"})
     lines(place / "long.jsonl", GOOD, {"image": "p1.png", "text": "x" * 30})
+    lines(place / "longs.jsonl", *({"image": "p1.png", "text": "x" * n} for n in (9, 8, 10)))
     lines(place / "meta.jsonl", GOOD, {"image": "p1.png", "text": "x", "metadata": {"a": []}})
     lines(place / "odd.jsonl", GOOD, {"image": "p1.png", "text": "\ud800"})
     (place / "latin.jsonl").write_bytes(b'{"image": "\xe9"}')
