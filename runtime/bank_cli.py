@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         "compact": compact,
         "verify": verify,
         "reindex": reindex,
+        "calibrate": calibrate,
     }
     return verbs[arguments.verb](arguments) or 0
 
@@ -69,11 +71,13 @@ def add(arguments: argparse.Namespace) -> int:
 
     path = _writable(arguments.bank)
     items, pictureless = _items(arguments)
-    with _model(arguments) as model:
-        with _growing(path, header(model, path.stem), keep_empty=False) as bank:
-            if not len(bank) and bank.score_floor is None:
-                bank.set_score_floor(model_floor(model))
-            taught = teach(model, items, bank, _progress(len(items)))
+    with (
+        _model(arguments) as model,
+        _growing(path, header(model, path.stem), keep_empty=False) as bank,
+    ):
+        if not len(bank) and bank.score_floor is None:
+            bank.set_score_floor(model_floor(model))
+        taught = teach(model, items, bank, _progress(len(items)))
     alone = Path(arguments.input).is_file() and items[0].place == arguments.input
     if alone and taught.failed:
         raise InputError(taught.failed[0].reason)
@@ -178,6 +182,7 @@ def search(arguments: argparse.Namespace) -> None:
     from tinyalign.runtime.errors import InputError
     from tinyalign.runtime.keys import score_parts
     from tinyalign.runtime.prompt import similarity_word
+    from tinyalign.runtime.teach import model_floor
 
     if arguments.top_k < 1:
         raise InputError(f"--top-k must be 1 or more, not {arguments.top_k}")
@@ -194,8 +199,9 @@ def search(arguments: argparse.Namespace) -> None:
         found = []
         for bank, hit in hits[: arguments.top_k]:
             image, text = score_parts(query, bank.get(hit.id).key, model.parts.keys)
-            word = similarity_word(model.parts.manifest.prompt, hit.score)
-            found.append((hit, image, text, word))
+            floor = model_floor(model) if bank.score_floor is None else bank.score_floor
+            word = similarity_word(model.parts.manifest.prompt, hit.score, floor)
+            found.append((hit, image, text, floor, word))
     if arguments.json:
         memories = [
             {
@@ -205,17 +211,19 @@ def search(arguments: argparse.Namespace) -> None:
                 "image_score": round(image, 4),
                 "text_score": round(text, 4),
                 "similarity": word,
+                "floor": round(floor, 4),
                 "text": hit.text,
                 "source": hit.source,
                 "metadata": hit.metadata,
             }
-            for hit, image, text, word in found
+            for hit, image, text, floor, word in found
         ]
         _print_json({"memories": memories})
         return
-    for hit, image, text, word in found:
+    for hit, image, text, floor, word in found:
         parts = f"{hit.score:.3f} = picture {image:.3f} + text {text:.3f}"
-        print(f"{hit.bank} {hit.id}  {parts}  {word or 'too far, not used'}  {_line(hit.text)}")
+        used = word or f"below the floor of {floor:.3f}, not used"
+        print(f"{hit.bank} {hit.id}  {parts}  {used}  {_line(hit.text)}")
 
 
 # --- looking and correcting ----------------------------------------------------------------
@@ -238,8 +246,9 @@ def list_(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """One memory in full, its thumbnail to a file."""
+    """One memory in full, its thumbnail on the terminal or to a file."""
     from tinyalign.runtime.errors import InputError
+    from tinyalign.runtime.terminal import can_draw, picture_lines
 
     with _open(arguments.bank, read_only=True) as bank:
         memory = bank.get(arguments.id)
@@ -261,6 +270,8 @@ def show(arguments: argparse.Namespace) -> None:
         print(f"metadata  {_line(f'{key}={value}')}")
     size = f"{len(memory.thumbnail)} bytes" if memory.thumbnail else "none"
     print(f"thumbnail {size}")
+    if memory.thumbnail and can_draw(sys.stdout):
+        print(*picture_lines(memory.thumbnail, shutil.get_terminal_size().columns), sep="\n")
 
 
 def remove(arguments: argparse.Namespace) -> None:
@@ -283,11 +294,20 @@ def stats(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _print_json(asdict(numbers))
         return
-    for key, value in asdict(numbers).items():
-        text = f"{value:,.1f}" if isinstance(value, float) else value
-        if isinstance(value, dict):
-            text = ", ".join(f"{name} {score:.3f}" for name, score in value.items())
-        print(f"{key.replace('_', ' '):<18}{text}")
+    n, near, floor = numbers, numbers.nearest, numbers.score_floor
+    print(f"name           {_line(n.name)}")
+    print(f"memories       {n.memories:,}, {n.thumbnails:,} of them with a thumbnail")
+    if n.file_bytes is not None:
+        print(f"bytes          {n.file_bytes:,}, {n.bytes_per_memory:,.0f} a memory")
+    print(f"made for       the model with fingerprint {_line(n.fingerprint)}")
+    print(f"vectors        keys of {n.key_width} numbers, latents of {n.latent_width}")
+    print(f"index          {n.index}" + (f", {n.index_bytes:,} bytes" if n.index_bytes else ""))
+    print(f"score floor    {floor:.3f}" if floor is not None else "score floor    the model's own")
+    if near is not None:
+        print("how near the nearest other memory comes, as a score:")
+        print(
+            f"               tenth {near.p10:.3f}, half {near.p50:.3f}, nine tenths {near.p90:.3f}"
+        )
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -346,7 +366,8 @@ def compact(arguments: argparse.Namespace) -> None:
     with _open(arguments.bank) as bank:
         before = bank.stats().file_bytes
         bank.seal() if arguments.seal else bank.compact()
-        print(f"{before:,} bytes before, {bank.stats().file_bytes:,} now")
+        now = bank.stats().file_bytes
+        print("done" if before is None or now is None else f"{before:,} bytes before, {now:,} now")
 
 
 def reindex(arguments: argparse.Namespace) -> None:
@@ -354,6 +375,19 @@ def reindex(arguments: argparse.Namespace) -> None:
     with _open(arguments.bank) as bank:
         bank.reindex()
         print(f"index {bank.stats().index}")
+
+
+def calibrate(arguments: argparse.Namespace) -> None:
+    """Measure or set the score below which a memory is not used."""
+    with _open(arguments.bank) as bank:
+        if arguments.reset:
+            bank.set_score_floor(None)
+            print("score floor: the model's own")
+        elif arguments.floor is not None:
+            bank.set_score_floor(arguments.floor)
+            print(f"score floor {arguments.floor:.3f}")
+        else:
+            print(f"score floor {bank.calibrate():.3f}, measured on {len(bank)} memories")
 
 
 # --- inside --------------------------------------------------------------------------------

@@ -39,6 +39,17 @@ Add pictures with their texts. INPUT is
 Pictures are looked for beside the list that names them (for -, in the current directory). What the
 bank holds already is skipped: to go on after an interruption, run the same command again."""
 
+SHOW = """\
+Show one memory in full. Its small picture is drawn where the output is a terminal, unless NO_COLOR
+is set."""
+
+CALIBRATE = """\
+Set a bank's score floor: memories whose score is below it have nothing to say and are not used.
+
+Without an option the floor is measured on the bank's own memories: the score that the nearest other
+memory reaches for nine tenths of them. A new bank starts with the model's floor, which was measured
+in the same way on the pictures it was trained on."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
@@ -67,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     _where(show)
     _json(show)
 
-    show = _verb(verbs, "show", "show one memory in full")
+    show = _verb(verbs, "show", "show one memory in full", SHOW)
     _id(show)
     show.add_argument("--thumbnail", metavar="FILE", help="write its small picture (WebP) to FILE")
     _banks(show, several=False)
@@ -137,6 +148,12 @@ def parser() -> argparse.ArgumentParser:
         "--seal", action="store_true", help="and make it one dense file, ready to be shipped"
     )
     _bank(compact)
+
+    calibrate = _verb(verbs, "calibrate", "set how near a memory must be to be used", CALIBRATE)
+    floor = calibrate.add_mutually_exclusive_group()
+    floor.add_argument("--floor", metavar="X", type=float, help="set it by hand, -1 to 1")
+    floor.add_argument("--reset", action="store_true", help="go back to the model's own floor")
+    _bank(calibrate)
 
     _banks(_verb(verbs, "verify", "read a whole bank and say what is wrong with it"), several=False)
     _bank(_verb(verbs, "reindex", "build the search index of a large bank anew"))

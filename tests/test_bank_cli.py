@@ -20,10 +20,12 @@ from test_cli import BLOCK, environment, tree
 
 from tinyalign.bank import Bank
 from tinyalign.runtime import TinyAlign, bank_cli, teach
+from tinyalign.runtime.terminal import picture_lines
 
 COMMAND = Path(sys.executable).with_name("tinyalign-bank")
 VERBS = (
-    "add list show search remove update stats merge export import compact verify reindex".split()
+    "add list show search remove update stats merge export import compact verify reindex "
+    "calibrate".split()
 )
 
 
@@ -286,6 +288,19 @@ def test_show(ok: Callable[..., str], bank: str, run: Callable[..., Any]) -> Non
     assert (shown["id"], shown["source"], shown["thumbnail"]) == (2, "p1.png", True)
 
 
+def test_show_draws_on_a_terminal(
+    ok: Callable[..., str], bank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "\x1b" not in ok("show", "2", "--bank", bank)
+    monkeypatch.setattr("tinyalign.runtime.terminal.can_draw", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", "20")
+    out = ok("show", "2", "--bank", bank)
+    with Bank.open(bank) as opened:
+        drawn = picture_lines(opened.get(2).thumbnail or b"", 20)
+    assert out.splitlines()[-len(drawn) :] == drawn
+    assert "\x1b" not in ok("show", "2", "--bank", bank, "--json")
+
+
 def test_search_says_why(ok: Callable[..., str], bank: str, tiny: Path) -> None:
     arguments = ("search", "p1.png", "--text", "cup 1", "--bank", bank, "--bank", "default")
     found = json.loads(ok(*arguments, "--json", "--top-k", "6"))["memories"]
@@ -311,13 +326,40 @@ def test_stats_and_verify(ok: Callable[..., str], run: Callable[..., Any], bank:
     numbers = json.loads(ok("stats", "--json", "--bank", bank))
     assert (numbers["memories"], numbers["thumbnails"], numbers["index"]) == (3, 3, "exact")
     assert numbers["fingerprint"] == tiny_model.FINGERPRINT
-    assert "bytes per memory" in ok("stats", "--bank", bank)
+    out = ok("stats", "--bank", bank)
+    near = numbers["nearest"]
+    assert f"{numbers['bytes_per_memory']:,.0f} a memory" in out
+    assert f"tenth {near['p10']:.3f}, half {near['p50']:.3f}" in out
+    assert "score floor    -1.000\n" in out  # the tiny model's last one
     assert "is sound: 3 memories" in ok("verify", "--bank", bank)
     with Bank.open(bank) as opened:
         opened._store._connection.execute("UPDATE memories SET key = x'00' WHERE id = 2")
     code, out, err = run("verify", "--bank", bank)
     assert (code, out) == (1, "")
     assert err == "tinyalign-bank: b.db: memory 2 cannot be read\n"
+
+
+def test_calibrate(ok: Callable[..., str], run: Callable[..., Any], bank: str) -> None:
+    search = ("search", "p1.png", "--text", "cup 1", "--bank", bank)
+    words = [m["similarity"] for m in json.loads(ok(*search, "--json"))["memories"]]
+    assert None not in words
+    assert ok("calibrate", "--floor", "0.99", "--bank", bank) == "score floor 0.990\n"
+    found = json.loads(ok(*search, "--json"))["memories"]
+    assert [(m["similarity"], m["floor"]) for m in found] == [("same", 0.99)] + [(None, 0.99)] * 2
+    assert "below the floor of 0.990, not used  cup" in ok(*search)
+    assert "score floor    0.990" in ok("stats", "--bank", bank)
+    assert ok("calibrate", "--reset", "--bank", bank) == "score floor: the model's own\n"
+    assert "score floor    the model's own" in ok("stats", "--bank", bank)
+    assert [m["similarity"] for m in json.loads(ok(*search, "--json"))["memories"]] == words
+    for number in range(20):
+        tiny_model.picture(20 + number).save(f"more{number}.png")
+        ok("add", f"more{number}.png", "--text", f"m {number}", "--bank", bank)
+    with Bank.open(bank) as opened:
+        expected = opened.calibrate()
+    ok("calibrate", "--reset", "--bank", bank)
+    out = ok("calibrate", "--bank", bank)
+    assert out == f"score floor {expected:.3f}, measured on 23 memories\n"
+    assert json.loads(ok("stats", "--json", "--bank", bank))["score_floor"] == expected
 
 
 # --- correcting ----------------------------------------------------------------------------
@@ -445,6 +487,11 @@ BAD_INPUT = [
     (("search", "none.png", *MINE), "no picture at none.png"),
     (("search", "p0.png", "--top-k", "0", *MINE), "--top-k must be 1 or more, not 0"),
     (("search", "p0.png", "--bank", "foreign.db"), "made for another model"),
+    (("calibrate", *MINE), "b.db has 3 memories: a score floor is measured on 20 or more"),
+    (("calibrate", "--floor", "2", *MINE), "score floor"),
+    (("calibrate", "--floor", "nan", *MINE), "score floor"),
+    (("calibrate", "--floor", "0", "--reset", *MINE), "not allowed with argument"),
+    (("calibrate", "--bank", "default"), "the model's own bank is never changed"),
     (("merge", "b.db", "foreign.db"), "made for another model"),
     (("merge", "new.db", "b.db", "foreign.db"), "made for different models"),
     (("merge", "b.db", "b.db"), "merged into itself"),
