@@ -17,7 +17,8 @@ from tinyalign.runtime.bank_parser import parser
 from tinyalign.runtime.cli import complain, guarded, pairs
 
 if TYPE_CHECKING:
-    from tinyalign.bank import Bank, Memory
+    from tinyalign.bank import Memory
+    from tinyalign.bank.bank import MemoryBank
     from tinyalign.bank.store import Header
     from tinyalign.runtime.items import Item
     from tinyalign.runtime.model import TinyAlign
@@ -69,11 +70,11 @@ def add(arguments: argparse.Namespace) -> int:
     from tinyalign.runtime.errors import InputError
     from tinyalign.runtime.teach import header, model_floor, teach
 
-    path = _writable(arguments.bank)
+    name = _writable(arguments.bank)
     items, pictureless = _items(arguments)
     with (
         _model(arguments) as model,
-        _growing(path, header(model, path.stem), keep_empty=False) as bank,
+        _growing(name, header(model, Path(name).stem), keep_empty=False) as bank,
     ):
         if not len(bank) and bank.score_floor is None:
             bank.set_score_floor(model_floor(model))
@@ -331,15 +332,15 @@ def merge(arguments: argparse.Namespace) -> None:
     from tinyalign.bank.store import Header
     from tinyalign.runtime.errors import BankError
 
-    path = _writable(arguments.into)
+    into = _writable(arguments.into)
     with ExitStack() as opened:
         sources = [opened.enter_context(_open(name, read_only=True)) for name in arguments.sources]
         first = sources[0]
         for source in sources:
             if source.fingerprint != first.fingerprint:
                 raise BankError(f"{first.path} and {source.path} were made for different models")
-        header = Header(first.fingerprint, first.key_width, first.latent_width, path.stem)
-        bank = opened.enter_context(_growing(path, header))
+        header = Header(first.fingerprint, first.key_width, first.latent_width, Path(into).stem)
+        bank = opened.enter_context(_growing(into, header))
         for source in sources:
             added = bank.merge(source)
             print(f"{source.path}: added {added}, known already {len(source) - added}")
@@ -355,9 +356,9 @@ def import_(arguments: argparse.Namespace) -> None:
     """Add what ``export`` wrote."""
     from tinyalign.bank.transfer import read_header
 
-    path = _writable(arguments.bank)
+    name = _writable(arguments.bank)
     header = read_header(Path(arguments.directory))
-    with _growing(path, header) as bank:
+    with _growing(name, header) as bank:
         print(f"added {bank.import_folder(arguments.directory)}")
 
 
@@ -402,27 +403,26 @@ def _model(arguments: argparse.Namespace, banks: Sequence[str] = ()) -> TinyAlig
     return TinyAlign.load(arguments.model, arguments.threads, banks, lm=False)
 
 
-def _open(name: str | None, read_only: bool = False) -> Bank:
-    """A bank by its file, or the model's own to read."""
-    from tinyalign.bank import Bank
+def _open(name: str | None, read_only: bool = False) -> MemoryBank:
+    """A bank by its file or address, or the model's own to read."""
+    from tinyalign.bank.opening import open_bank
     from tinyalign.runtime.paths import default_model_dir
 
     if read_only and name in (None, "default"):
-        return Bank.open(default_model_dir() / "bank.sqlite", read_only=True, name="default")
-    return Bank.open(name or "", read_only=True) if read_only else Bank.open(_writable(name))
+        return open_bank(default_model_dir() / "bank.sqlite", read_only=True, label="default")
+    return open_bank(name or "", read_only=True) if read_only else open_bank(_writable(name))
 
 
 @contextmanager
-def _growing(path: Path, header: Header, keep_empty: bool = True) -> Iterator[Bank]:
-    """A bank to add to; created if it is not there, and not left behind empty by an error
-    (nor, without ``keep_empty``, because there was nothing to add)."""
-    from tinyalign.bank import Bank
+def _growing(name: str, header: Header, keep_empty: bool = True) -> Iterator[MemoryBank]:
+    """A bank to add to; created if it is not there. A file is not left behind empty by an error
+    (nor, without ``keep_empty``, because there was nothing to add); others may use a collection."""
+    from tinyalign.bank.opening import create_bank, is_address, open_if_there
 
-    fresh = not path.exists()
-    if fresh:
-        bank = Bank.create(path, header.fingerprint, header.key_width, header.latent_width)
-    else:
-        bank = Bank.open(path, header.fingerprint)
+    bank = open_if_there(name, header.fingerprint)
+    fresh, empty = bank is None and not is_address(name), False
+    if bank is None:
+        bank = create_bank(name, header.fingerprint, header.key_width, header.latent_width)
     try:
         with bank:
             try:
@@ -434,18 +434,18 @@ def _growing(path: Path, header: Header, keep_empty: bool = True) -> Iterator[Ba
                 empty = not len(bank)
     finally:
         if fresh and empty and not keep_empty:
-            path.unlink()  # closing it has removed what lay beside it
+            Path(name).unlink()  # closing it has removed what lay beside it
 
 
-def _writable(name: str | None) -> Path:
+def _writable(name: str | None) -> str:
     from tinyalign.runtime.errors import InputError
 
     if not name or name == "default":
         raise InputError("the model's own bank is never changed: name a bank of your own")
-    return Path(name)
+    return name
 
 
-def _check_fingerprint(model: TinyAlign, bank: Bank) -> None:
+def _check_fingerprint(model: TinyAlign, bank: MemoryBank) -> None:
     from tinyalign.runtime.errors import BankError
 
     if bank.fingerprint != model.parts.manifest.fingerprint:

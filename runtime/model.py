@@ -26,8 +26,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
-from tinyalign.bank import Bank, Hit, Memory, NewMemory, content_hash, search_banks
+from tinyalign.bank import Hit, Memory, NewMemory, content_hash, search_banks
+from tinyalign.bank.bank import MemoryBank
 from tinyalign.bank.memory import check_text as valid_text
+from tinyalign.bank.opening import open_bank
 from tinyalign.runtime.answers import Answer, AnswerStream, EncodedPicture, Timings
 from tinyalign.runtime.errors import InputError, QuestionError
 from tinyalign.runtime.images import Picture, load_picture, normalise, resize, thumbnail
@@ -61,7 +63,7 @@ ENCODE_BATCH = 8  # pictures; more are no faster (benchmarks/add.py)
 class TinyAlign:
     """A loaded model with its banks. Threads may share one."""
 
-    def __init__(self, parts: Parts, banks: Sequence[Bank], load_ms: float = 0.0) -> None:
+    def __init__(self, parts: Parts, banks: Sequence[MemoryBank], load_ms: float = 0.0) -> None:
         self._parts = parts
         self._banks = tuple(banks)
         self._compressor: ort.InferenceSession | None = None
@@ -79,8 +81,9 @@ class TinyAlign:
     ) -> TinyAlign:
         """Open a model directory ($TINYALIGN_MODEL or the cache's, if none is named).
 
-        ``threads`` defaults to the CPUs this process may use. ``banks`` are bank files that
-        replace the model's own, which is called "default"; an empty list means none.
+        ``threads`` defaults to the CPUs this process may use. ``banks`` are bank files, or
+        addresses in Qdrant ("qdrant://host:port/collection"), that replace the model's own, which
+        is called "default"; an empty list means none.
         Without ``lm`` the language model is opened at the first question only: teaching needs none.
         Raises ModelError or BankError with one clear line.
         """
@@ -103,7 +106,7 @@ class TinyAlign:
         return self._parts
 
     @property
-    def banks(self) -> tuple[Bank, ...]:
+    def banks(self) -> tuple[MemoryBank, ...]:
         """The banks in use."""
         return self._banks
 
@@ -394,12 +397,12 @@ class TinyAlign:
         return [rows[kept] for rows, kept in zip(tokens, keep, strict=True)]
 
 
-def _open_bank(parts: Parts, name: str | Path) -> Bank:
+def _open_bank(parts: Parts, name: str | Path) -> MemoryBank:
     """Open a bank for reading and bring its keys into memory, so that no question waits for it."""
     own = str(name) == "default"
-    path = parts.directory / DEFAULT_BANK if own else Path(name)
+    place = parts.directory / DEFAULT_BANK if own else name
     label = "default" if own else ""
-    bank = Bank.open(path, parts.manifest.fingerprint, read_only=True, name=label)
+    bank = open_bank(place, parts.manifest.fingerprint, read_only=True, label=label)
     try:
         bank.search(np.eye(1, bank.key_width, dtype=np.float32)[0], 1)
     except BaseException:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyalign.bank import Bank, NewMemory
+from tinyalign.bank import NewMemory, opening
 from tinyalign.bank.bank import MemoryBank
 from tinyalign.bank.memory import metadata_json
 from tinyalign.bank.store import Header
@@ -147,13 +147,14 @@ def model_floor(model: TinyAlign) -> float:
     return model.parts.manifest.prompt.similarity[-1][1]
 
 
-def create_bank(model: TinyAlign, path: str | Path) -> Bank:
-    """A new, empty bank for a model at `path`, with the model's score floor.
+def create_bank(model: TinyAlign, name: str | Path) -> MemoryBank:
+    """A new, empty bank for a model in a file or at an address, with the model's score floor.
 
     BankError if something is there already.
     """
-    fields = header(model, Path(path).stem)
-    return Bank.create(path, **vars(fields), score_floor=model_floor(model))
+    h = header(model, "")
+    widths = h.key_width, h.latent_width
+    return opening.create_bank(name, h.fingerprint, *widths, score_floor=model_floor(model))
 
 
 def source_of(image: Path) -> str:
