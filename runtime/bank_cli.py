@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tinyalign.bank.store import Header
     from tinyalign.runtime.items import Item
     from tinyalign.runtime.model import TinyAlign
+    from tinyalign.runtime.teach import Taught
 
 # All else is imported when it is needed, so that --help is quick and Ctrl-C always quiet.
 
@@ -71,6 +72,9 @@ def add(arguments: argparse.Namespace) -> int:
     from tinyalign.runtime.teach import header, model_floor, teach
 
     name = _writable(arguments.bank)
+    add_all = _with_ray(arguments) if arguments.ray else teach
+    if arguments.workers is not None and not arguments.ray:
+        raise InputError("--workers needs --ray")
     items, pictureless = _items(arguments)
     with (
         _model(arguments) as model,
@@ -78,7 +82,7 @@ def add(arguments: argparse.Namespace) -> int:
     ):
         if not len(bank) and bank.score_floor is None:
             bank.set_score_floor(model_floor(model))
-        taught = teach(model, items, bank, _progress(len(items)))
+        taught = add_all(model, items, bank, progress=_progress(len(items)))
     alone = Path(arguments.input).is_file() and items[0].place == arguments.input
     if alone and taught.failed:
         raise InputError(taught.failed[0].reason)
@@ -95,6 +99,23 @@ def add(arguments: argparse.Namespace) -> int:
         parts += [f"left out {len(pictureless)} without a picture"] if pictureless else []
         print("; ".join(parts))
     return 1 if taught.failed else 0
+
+
+def _with_ray(arguments: argparse.Namespace) -> Callable[..., Taught]:
+    """``teach`` in Ray's worker processes."""
+    from functools import partial
+
+    from tinyalign.runtime.errors import InputError
+    from tinyalign.runtime.shards import import_ray, teach_with_ray
+    from tinyalign.runtime.threads import default_threads
+
+    if arguments.threads is not None:
+        raise InputError("with --ray each worker has one thread: give --workers, not --threads")
+    workers = default_threads() if arguments.workers is None else arguments.workers
+    if workers < 1:
+        raise InputError(f"--workers must be 1 or more, not {workers}")
+    import_ray()
+    return partial(teach_with_ray, workers=workers)
 
 
 def _items(arguments: argparse.Namespace) -> tuple[list[Item], list[str]]:

@@ -71,6 +71,15 @@ def parser() -> argparse.ArgumentParser:
     _set(add, "metadata of all that is added, for --where; may be given more than once")
     _bank(add, create=True)
     _model(add)
+    add.add_argument(
+        "--ray",
+        action="store_true",
+        help="look at the pictures in several processes with Ray (pip install 'tinyalign[ray]'), "
+        "on this machine or on the cluster at $RAY_ADDRESS",
+    )
+    add.add_argument(
+        "--workers", metavar="N", type=int, help="with --ray: how many (default: one a CPU)"
+    )
     _json(add)
 
     show = _verb(verbs, "list", "show all memories, one a line")
