@@ -113,9 +113,9 @@ class QdrantBank:
                     metadata={FORMAT_NAME: FORMAT, **asdict(header), **floor},
                 )
                 if place.folder is None:
-                    keyword, bool_ = models.PayloadSchemaType.KEYWORD, models.PayloadSchemaType.BOOL
-                    client.create_payload_index(place.collection, "where", keyword)
-                    client.create_payload_index(place.collection, "has_thumbnail", bool_)
+                    for field in ("where", "has_thumbnail"):
+                        keyword = models.PayloadSchemaType.KEYWORD
+                        client.create_payload_index(place.collection, field, keyword)
         except BaseException:
             connection.close()
             raise
@@ -290,7 +290,7 @@ class QdrantBank:
             changes |= {"metadata": metadata_json(metadata), "where": tokens(metadata)}
         if thumbnail is not None:
             check_size(thumbnail)
-            changes |= {"thumbnail": to_base64(thumbnail), "has_thumbnail": True}
+            changes |= {"thumbnail": to_base64(thumbnail), "has_thumbnail": "yes"}
         self._check_writable()
         number = operator.index(id)
         if number not in self._hashes([number]):
@@ -438,7 +438,7 @@ class QdrantBank:
             key_width=self.key_width,
             latent_width=self.latent_width,
             memories=count,
-            thumbnails=self._count(models.Filter(must=[equals("has_thumbnail", True)])),
+            thumbnails=self._count(models.Filter(must=[equals("has_thumbnail", "yes")])),
             file_bytes=size,
             bytes_per_memory=size / count if size and count else size,
             index=self._index_state(),

@@ -3,7 +3,7 @@
     id        the first 63 bits of the content hash
     vector    the key: fp16 values as float32
     payload   text, source, metadata (the JSON text of a bank file), content_hash (hex), latents,
-              scales and thumbnail (base64 of what a bank file holds), has_thumbnail, where
+              scales and thumbnail (base64 of what a bank file holds), has_thumbnail ("yes"), where
 
 ``where`` in the payload is made from the metadata, so that Qdrant's test for equal strings finds
 exactly what a bank file's SQL finds.
@@ -48,7 +48,7 @@ def to_point(pair: Pair) -> models.PointStruct:
         "scales": to_base64(row.scales),
     }
     if thumbnail is not None:
-        payload |= {"thumbnail": to_base64(thumbnail), "has_thumbnail": True}
+        payload |= {"thumbnail": to_base64(thumbnail), "has_thumbnail": "yes"}
     key = np.frombuffer(row.key, "<f2").astype(np.float32)
     return models.PointStruct(id=id_of(row.content_hash), vector=key.tolist(), payload=payload)
 
@@ -123,7 +123,7 @@ def matching(where: Metadata | None, exclude: frozenset[int] = frozenset()) -> m
     )
 
 
-def equals(field: str, value: str | bool) -> models.FieldCondition:
+def equals(field: str, value: str) -> models.FieldCondition:
     """A condition on one field of the payload."""
     return models.FieldCondition(key=field, match=models.MatchValue(value=value))
 

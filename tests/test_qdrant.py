@@ -1,6 +1,6 @@
 """Banks in Qdrant do what bank files do: in a folder (the client's local mode) and over HTTP.
 
-There is no Qdrant server in the tests; ``qdrant_stand_in`` answers in its place.
+``qdrant_stand_in`` answers in place of a server, with Qdrant's own engine behind it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import numpy as np
 import pytest
 from test_bank import DK, FINGERPRINT, D, clustered, memory
 
-qdrant_client = pytest.importorskip(
-    "qdrant_client", reason="qdrant-client is not installed: pip install 'tinyalign[qdrant]'"
-)
+pytest.importorskip("qdrant_client", reason="qdrant-client is not installed: the dev extra has it")
+pytest.importorskip("qdrant_edge", reason="qdrant-edge-py is not installed: the dev extra has it")
 
-from qdrant_client import QdrantClient, models  # noqa: E402
-from qdrant_client.local.persistence import CollectionPersistence  # noqa: E402
-from qdrant_stand_in import API_KEY, StandIn, stand_in  # noqa: E402
+from qdrant_client import QdrantClient, models
+from qdrant_client.local.persistence import CollectionPersistence
+from qdrant_stand_in import API_KEY, StandIn, stand_in
 
-from tinyalign.bank import (  # noqa: E402  # noqa: E402
+from tinyalign.bank import (
     BankError,
     InputError,
     content_hash,
@@ -37,8 +36,8 @@ from tinyalign.bank import (  # noqa: E402  # noqa: E402
     qdrant_points,
     search_banks,
 )
-from tinyalign.bank.bank import MemoryBank  # noqa: E402
-from tinyalign.bank.opening import create_bank, open_bank, open_if_there  # noqa: E402
+from tinyalign.bank.bank import MemoryBank
+from tinyalign.bank.opening import create_bank, open_bank, open_if_there
 
 Place = Callable[[str], str]
 KINDS = ("file", "folder", "server")
@@ -340,13 +339,13 @@ VALUES = (
 NAMES = ("n", "a.b", 'say "n"', "n[0]", "é", "a=b", "where")
 
 
-def test_where_means_what_it_means_in_a_file(tmp_path: Path) -> None:
+def test_where_means_what_it_means_in_a_file(qdrant_place: Place, tmp_path: Path) -> None:
     keys = clustered(len(VALUES))
     new = [
         memory(key, f"{n}", metadata={NAMES[n % len(NAMES)]: value, "all": value})
         for n, (key, value) in enumerate(zip(keys, VALUES, strict=True))
     ]
-    with create(folder(tmp_path)("b")) as bank, create(str(tmp_path / "b.sqlite")) as file:
+    with create(qdrant_place("b")) as bank, create(str(tmp_path / "b.sqlite")) as file:
         bank.add(new)
         file.add(new)
         asked = [{name: value} for name in (*NAMES, "all") for value in VALUES]

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import tiny_model
 
-pytest.importorskip(
-    "qdrant_client", reason="qdrant-client is not installed: pip install 'tinyalign[qdrant]'"
-)
+pytest.importorskip("qdrant_client", reason="qdrant-client is not installed: the dev extra has it")
+pytest.importorskip("qdrant_edge", reason="qdrant-edge-py is not installed: the dev extra has it")
 
 from qdrant_stand_in import API_KEY, stand_in
 
