@@ -87,7 +87,8 @@ def add(arguments: argparse.Namespace) -> int:
     if alone and taught.failed:
         raise InputError(taught.failed[0].reason)
     for failure in taught.failed:
-        complain(PROGRAM, f"{failure.item.place}: {failure.reason}")
+        place, reason = failure.item.place, failure.reason
+        complain(PROGRAM, reason if place in reason else f"{place}: {reason}")
     if arguments.json:
         failed = [{"place": f.item.place, "reason": f.reason} for f in taught.failed]
         result = {"added": taught.added, "known": taught.known, "failed": failed}
@@ -158,7 +159,8 @@ def _items(arguments: argparse.Namespace) -> tuple[list[Item], list[str]]:
     else:
         items = [Item(path, spoken(path) if text is None else text, {}, name)]
     if not items:
-        raise InputError(f"{name} lists nothing to add" + (" with a picture" * bool(pictureless)))
+        listing = "standard input" if name == "-" else name
+        raise InputError(f"{listing} lists nothing to add" + " with a picture" * bool(pictureless))
     extra = pairs(arguments.set, "--set")
     return [replace(item, metadata={**item.metadata, **extra}) for item in items], pictureless
 
@@ -288,8 +290,8 @@ def show(arguments: argparse.Namespace) -> None:
     print(f"id        {memory.id}")
     print(f"text      {_line(memory.text)}")
     print(f"source    {_line(memory.source)}")
-    for key, value in memory.metadata.items():
-        print(f"metadata  {_line(f'{key}={value}')}")
+    for pair in _pairs(memory):
+        print(f"metadata  {_line(pair)}")
     size = f"{len(memory.thumbnail)} bytes" if memory.thumbnail else "none"
     print(f"thumbnail {size}")
     if memory.thumbnail and can_draw(sys.stdout):
@@ -326,10 +328,8 @@ def stats(arguments: argparse.Namespace) -> None:
     print(f"index          {n.index}" + (f", {n.index_bytes:,} bytes" if n.index_bytes else ""))
     print(f"score floor    {floor:.3f}" if floor is not None else "score floor    the model's own")
     if near is not None:
-        print("how near the nearest other memory comes, as a score:")
-        print(
-            f"               tenth {near.p10:.3f}, half {near.p50:.3f}, nine tenths {near.p90:.3f}"
-        )
+        shares = f"a tenth {near.p10:.3f}, half {near.p50:.3f}, nine tenths {near.p90:.3f}"
+        print(f"nearest other  at most this score: {shares} of the memories")
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -523,9 +523,16 @@ def _print_json(data: Mapping[str, Any]) -> None:
 
 def _notes(memory: Memory) -> str:
     """Source and metadata of a memory for the end of a line."""
-    notes = [memory.source] if memory.source else []
-    notes += [f"{key}={value}" for key, value in memory.metadata.items()]
+    notes = [*([memory.source] if memory.source else []), *_pairs(memory)]
     return f"  ({_line(', '.join(notes))})" if notes else ""
+
+
+def _pairs(memory: Memory) -> list[str]:
+    """Metadata as --where takes it."""
+    return [
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in memory.metadata.items()
+    ]
 
 
 def _numbers(ids: Sequence[int]) -> str:

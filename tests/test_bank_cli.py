@@ -130,6 +130,10 @@ def test_add_lists(ok: Callable[..., str], place: Path, tmp_path: Path) -> None:
         'image,text,metadata,room\np3.png,"three, 3","{""n"": 3}",den\np4.png,four,,\n'
     )
     assert ok("add", "items.csv", "--bank", "b.db", "--set", "by=me") == "added 3, 4\n"
+    assert "1  one  (sub/p1.png, blue=true, n=1)\n" in ok("list", "--bank", "b.db")
+    assert "metadata  blue=true\n" in ok("show", "1", "--bank", "b.db")
+    memories = listed(ok, "--bank", "b.db", "--where", "by=me")
+    assert [m["id"] for m in memories] == [3, 4]
     memories = listed(ok, "--bank", "b.db")
     assert [(m["id"], m["text"], m["metadata"]) for m in memories] == [
         (1, "one", {"n": 1, "blue": True}),
@@ -199,7 +203,10 @@ def test_a_folder_with_what_cannot_be_read(run: Callable[..., Any], place: Path)
     (place / "in" / "c.heic").write_bytes(b"ftypheic")
     code, out, err = run("add", "in", "--text", "cup", "--bank", "b.db")
     assert (code, out) == (1, "added 1; could not read 2\n")
-    assert [line.split(": ")[1] for line in err.splitlines()] == ["in/b.png", "in/c.heic"]
+    assert err.splitlines() == [
+        "tinyalign-bank: no picture at in/b.png",
+        "tinyalign-bank: in/c.heic is not a picture this program reads (JPEG, PNG, WebP, ...)",
+    ]
 
 
 def test_add_to_an_empty_bank(ok: Callable[..., str], bank: str) -> None:
@@ -329,7 +336,7 @@ def test_stats_and_verify(ok: Callable[..., str], run: Callable[..., Any], bank:
     out = ok("stats", "--bank", bank)
     near = numbers["nearest"]
     assert f"{numbers['bytes_per_memory']:,.0f} a memory" in out
-    assert f"tenth {near['p10']:.3f}, half {near['p50']:.3f}" in out
+    assert f"a tenth {near['p10']:.3f}, half {near['p50']:.3f}, nine tenths" in out
     assert "score floor    -1.000\n" in out  # the tiny model's last one
     assert "is sound: 3 memories" in ok("verify", "--bank", bank)
     with Bank.open(bank) as opened:
@@ -597,3 +604,15 @@ def test_a_reader_that_leaves(place: Path, tiny: Path) -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_closed_output(place: Path, tiny: Path) -> None:
+    done = subprocess.run(
+        f"exec {COMMAND} list >&-",
+        shell=True,
+        env=environment(place, tiny),
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr == b"tinyalign-bank: standard output is closed\n"
