@@ -112,6 +112,13 @@ class QdrantBank:
                     models.VectorParams(size=key_width, distance=models.Distance.DOT),
                     metadata={FORMAT_NAME: FORMAT, **asdict(header), **floor},
                 )
+                info = client.get_collection(place.collection)
+                if FORMAT_NAME not in (info.config.metadata or {}):
+                    client.delete_collection(place.collection)
+                    raise BankError(
+                        f"{place}: the server is too old to keep a bank: "
+                        "Qdrant 1.17 or newer is needed"
+                    )
                 if place.folder is None:
                     for field in ("where", "has_thumbnail"):
                         keyword = models.PayloadSchemaType.KEYWORD

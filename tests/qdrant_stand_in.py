@@ -44,6 +44,7 @@ class StandIn:
         self.lock = threading.Lock()
         self.status: int | None = None  # answer everything with this
         self.completed = True  # whether changes are applied at once
+        self.old = False  # as before 1.16: collections have no metadata
         self.requests: list[tuple[str, str, int]] = []  # method, path, bytes of the body
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
@@ -70,6 +71,10 @@ class StandIn:
                 return self._info(name)
             case "PUT", "":
                 return self._create(name, models.CreateCollection.model_validate_json(body))
+            case "DELETE", "":
+                self._shard(name).close()
+                del self.shards[name]
+                return True
             case "PATCH", "":
                 given = models.UpdateCollection.model_validate_json(body).metadata or {}
                 old = self.configs[name].metadata or {}
@@ -140,6 +145,8 @@ class StandIn:
         path.mkdir()
         self.shards[name] = edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors))
         self.configs[name] = config
+        if self.old:
+            config.metadata = None
         return True
 
     def _info(self, name: str) -> Any:

@@ -41,6 +41,7 @@ from tinyalign.bank.opening import create_bank, open_bank, open_if_there
 
 Place = Callable[[str], str]
 KINDS = ("file", "folder", "server")
+pytestmark = pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection")
 
 
 @pytest.fixture(autouse=True)
@@ -616,6 +617,15 @@ def test_the_server_refuses(server: tuple[StandIn, str], monkeypatch: pytest.Mon
     with pytest.raises(BankError, match="not applied it in time"):
         bank.add(several(3, seed=2))
     bank.close()
+
+
+def test_an_old_server(server: tuple[StandIn, str]) -> None:
+    state, address = server
+    state.old = True
+    with pytest.raises(BankError, match=r"Qdrant 1\.17 or newer is needed") as error:
+        create(f"qdrant://{address}/b")
+    one_line(error)
+    assert state.shards == {}
 
 
 def test_an_interrupted_merge_goes_on(

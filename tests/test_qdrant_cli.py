@@ -22,6 +22,8 @@ from tinyalign.bank.opening import create_bank, open_bank
 from tinyalign.runtime import TinyAlign, bank_cli, cli
 from tinyalign.runtime.teach import create_bank as bank_for
 
+pytestmark = pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection")
+
 
 @pytest.fixture
 def place(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
