@@ -9,6 +9,7 @@ neighbours, and shards are merged in the order of the items.
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,10 @@ OBJECT_STORE = 80 << 20  # bytes, about the least Ray takes: only lists of items
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns that this will change
+}
+LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: listen on 127.0.0.1 only
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # for this process and its workers; else ~ keeps one
 }
 
 
@@ -150,9 +154,9 @@ def _started(workers: int) -> Iterator[Any]:
 
 def import_ray() -> Any:
     """Ray's module; InputError if it is not installed."""
-    if not os.environ.get("RAY_ADDRESS"):
-        for name, value in QUIET.items():  # it reads some of them when it is imported
-            os.environ.setdefault(name, value)
+    settings = QUIET if os.environ.get("RAY_ADDRESS") else QUIET | LOCAL
+    for name, value in settings.items():  # it reads some of them when it is imported
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ModuleNotFoundError:
