@@ -131,25 +131,29 @@ def _started(workers: int) -> Iterator[Any]:
         yield ray
         return
     cluster = os.environ.get("RAY_ADDRESS")
-    local = {
-        "num_cpus": workers,
-        "include_dashboard": False,
-        "object_store_memory": OBJECT_STORE,
-    }
+    # A short path, since sockets lie below it, and one that goes away with the logs in it.
+    short = "/tmp" if Path("/tmp").is_dir() else None
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir=short, ignore_cleanup_errors=True
+    ) as folder:
+        local = {
+            "num_cpus": workers,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE,
+            "_temp_dir": folder,
+        }
+        try:
+            _init(ray, address=cluster or "local", **({} if cluster else local))
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _init(ray: Any, **options: Any) -> None:
     try:
-        ray.init(
-            address=cluster or "local",
-            log_to_driver=False,
-            logging_level="error",
-            **({} if cluster else local),
-        )
+        ray.init(log_to_driver=False, logging_level="error", **options)
     except Exception as error:  # it raises whatever its processes' trouble leads to
-        ray.shutdown()
         raise TinyAlignError(f"Ray cannot be started: {error}") from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 def import_ray() -> Any:
