@@ -10,7 +10,7 @@ import numpy as np
 from tinyalign.bank import index
 from tinyalign.bank.errors import InputError
 from tinyalign.bank.index import IndexState
-from tinyalign.bank.memory import Floats
+from tinyalign.bank.memory import Floats, Halves
 from tinyalign.bank.store import Store
 
 SAMPLE = 200  # memories whose nearest other memory is looked for
@@ -118,12 +118,13 @@ def _nearness(store: Store) -> Nearness | None:
     return nearness_of(_nearest_scores(keys, SAMPLE)) if len(keys) > 1 else None
 
 
-def _nearest_scores(keys: Floats, count: int) -> Floats:
+def _nearest_scores(keys: Halves, count: int) -> Floats:
     """The score of the nearest other key [S], for up to ``count`` keys evenly spread."""
     sample = np.unique(np.linspace(0, len(keys) - 1, count).astype(np.int64))
+    mine = keys[sample].astype(np.float32)
     best = np.full(len(sample), -np.inf, np.float32)
     for start in range(0, len(keys), ROWS_AT_ONCE):
-        scores = keys[sample] @ keys[start : start + ROWS_AT_ONCE].T  # [S, rows]
+        scores = mine @ keys[start : start + ROWS_AT_ONCE].astype(np.float32).T  # [S, rows]
         here = (sample >= start) & (sample < start + ROWS_AT_ONCE)
         scores[here, sample[here] - start] = -np.inf  # not with itself
         best = np.maximum(best, scores.max(axis=1))

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyalign.bank.memory import Floats
+from tinyalign.bank.memory import Floats, Halves
 from tinyalign.bank.store import Generation, Store
 
 try:
@@ -53,6 +53,8 @@ SIDECAR_BYTES = 4096
 ROWS_AT_ONCE = 8192
 
 Ids = NDArray[np.int64]
+NO_IDS = np.empty(0, np.int64)
+NEVER = Generation(0, "")  # before anything was read
 # exact: no graph is used. cached: a graph that fits lies beside the bank. missing, stale: there is
 # none, or one that is damaged or of another bank; the next search builds it. server: Qdrant's.
 IndexState: TypeAlias = Literal["exact", "cached", "missing", "stale", "server"]
@@ -102,27 +104,36 @@ def top(ids: Ids, scores: Floats, k: int) -> tuple[Ids, Floats]:
 
 
 def refresh(store: Store, previous: Snapshot | None) -> Snapshot:
-    """The bank's snapshot now, made from the previous one and the cache where they hold."""
-    graph = previous.graph if previous else _load(store)
+    """The bank's snapshot now, made from the previous one and the cache where they hold.
+
+    Ids only grow: what was added since is read from the newest known id on, and something is gone
+    only if the numbers do not add up.
+    """
+    if previous is None:
+        previous = Snapshot(
+            NEVER, _load(store), NO_IDS, np.empty((0, store.header.key_width), "f4")
+        )
+    graph, tail_ids, tail_keys = previous.graph, previous.tail_ids, previous.tail_keys
+    known = np.concatenate([graph.ids, tail_ids]) if graph else tail_ids
     with store.reading():
-        generation = store.generation()
-        ids = store.ids()
-        large = hnswlib is not None and len(ids) > EXACT_LIMIT
-        if not large:
-            graph = None
-        covered = graph.ids if graph else np.empty(0, np.int64)
-        gone = np.setdiff1d(covered, ids, assume_unique=True)
-        tail = np.setdiff1d(ids, covered, assume_unique=True)
-        rebuild = large and len(gone) + len(tail) > EXACT_LIMIT
-        tail_ids, tail_keys = _tail(store, ids if rebuild else tail, previous)
-    if rebuild:
-        graph = build_graph(tail_ids, tail_keys)
-        _save(store, generation, graph)
-        tail_ids, tail_keys = tail_ids[:0], tail_keys[:0]
-    elif graph and len(gone):
-        for number in gone.tolist():
-            graph.index.mark_deleted(number)
-        graph = Graph(graph.index, np.setdiff1d(covered, gone, assume_unique=True))
+        generation, count = store.generation(), store.count()
+        new_ids, new_keys = store.keys(int(known[-1]) + 1 if len(known) else 0)
+        gone = NO_IDS
+        if count != len(known) + len(new_ids):
+            gone = np.setdiff1d(known, store.ids(), assume_unique=True)
+        differ = len(gone) + len(tail_ids) + len(new_ids)  # from what the graph holds
+        large = hnswlib is not None and count > EXACT_LIMIT
+        anew = (large and differ > EXACT_LIMIT) or (graph is not None and not large)
+        if anew and len(known):
+            new_ids, new_keys = store.keys()
+    if anew:
+        return _anew(store, generation, new_ids, new_keys)
+    if len(gone):
+        kept = ~np.isin(tail_ids, gone)
+        tail_ids, tail_keys = tail_ids[kept], tail_keys[kept]
+        graph = _without(graph, gone) if graph else None
+    tail_ids = np.concatenate([tail_ids, new_ids])
+    tail_keys = np.concatenate([tail_keys, new_keys.astype(np.float32)])
     return Snapshot(generation, graph, tail_ids, tail_keys)
 
 
@@ -132,19 +143,17 @@ def rebuild(store: Store) -> Snapshot:
     with store.reading():
         generation = store.generation()
         ids, keys = store.keys()
-    if hnswlib is None or len(ids) <= EXACT_LIMIT:
-        return Snapshot(generation, None, ids, keys)
-    graph = build_graph(ids, keys)
-    _save(store, generation, graph)
-    return Snapshot(generation, graph, ids[:0], keys[:0])
+    return _anew(store, generation, ids, keys)
 
 
-def build_graph(ids: Ids, keys: Floats) -> Graph:
-    """A graph over keys [N, Dk]; takes seconds from 10k on."""
+def build_graph(ids: Ids, keys: Halves) -> Graph:
+    """A graph over keys fp16 [N, Dk]; takes seconds from 10k on."""
     index = hnswlib.Index(space="ip", dim=keys.shape[1])
     index.init_index(max_elements=len(ids), M=LINKS, ef_construction=BUILD_EFFORT)
     index.set_ef(SEARCH_EFFORT)
-    index.add_items(keys, ids, num_threads=_threads())
+    for start in range(0, len(ids), ROWS_AT_ONCE):  # hnswlib's own copy is fp32
+        part = slice(start, start + ROWS_AT_ONCE)
+        index.add_items(keys[part].astype(np.float32), ids[part], num_threads=_threads())
     return Graph(index, ids)
 
 
@@ -172,23 +181,21 @@ def drop_cache(path: Path) -> None:
 # --- inside --------------------------------------------------------------------------------
 
 
-def _tail(store: Store, ids: Ids, previous: Snapshot | None) -> tuple[Ids, Floats]:
-    """The keys [T, Dk] of ``ids``; only those that the previous snapshot has not are read."""
-    known_ids, known_keys = np.empty(0, np.int64), np.empty((0, store.header.key_width), np.float32)
-    if previous is not None:
-        kept = np.isin(previous.tail_ids, ids, assume_unique=True)
-        known_ids, known_keys = previous.tail_ids[kept], previous.tail_keys[kept]
-    new = np.setdiff1d(ids, known_ids, assume_unique=True)
-    if not len(new):
-        return known_ids, known_keys
-    read_ids, read_keys = store.keys(int(new[0]))
-    wanted = np.isin(read_ids, new, assume_unique=True)
-    all_ids = np.concatenate([known_ids, read_ids[wanted]])
-    all_keys = np.concatenate([known_keys, read_keys[wanted]])
-    if len(known_ids) and known_ids[-1] > new[0]:
-        order = np.argsort(all_ids)
-        return all_ids[order], all_keys[order]
-    return all_ids, all_keys
+def _anew(store: Store, generation: Generation, ids: Ids, keys: Halves) -> Snapshot:
+    """A snapshot of all keys fp16 [N, Dk]; where they are many, with a graph and its cache file."""
+    if hnswlib is None or len(ids) <= EXACT_LIMIT:
+        return Snapshot(generation, None, ids, keys.astype(np.float32))
+    graph = build_graph(ids, keys)
+    _save(store, generation, graph)
+    return Snapshot(generation, graph, NO_IDS, np.empty((0, keys.shape[1]), np.float32))
+
+
+def _without(graph: Graph, gone: Ids) -> Graph:
+    """The graph without some ids, which need not be in it."""
+    marked = np.intersect1d(graph.ids, gone, assume_unique=True)
+    for number in marked.tolist():
+        graph.index.mark_deleted(number)
+    return Graph(graph.index, np.setdiff1d(graph.ids, marked, assume_unique=True))
 
 
 def _search_graph(
@@ -206,10 +213,22 @@ def _search_graph(
     ids = ids[~np.isin(ids, list(exclude))]
     best_ids, best = ids[:0], np.empty(0, np.float32)
     for start in range(0, len(ids), ROWS_AT_ONCE):
-        part = ids[start : start + ROWS_AT_ONCE]
-        scores = _dots(np.asarray(graph.index.get_items(part), np.float32), query)
+        part, keys = _keys_in(graph.index, ids[start : start + ROWS_AT_ONCE])
+        scores = _dots(keys, query)
         best_ids, best = top(np.concatenate([best_ids, part]), np.concatenate([best, scores]), k)
     return best_ids, best
+
+
+def _keys_in(index: Any, ids: Ids) -> tuple[Ids, Floats]:
+    """The keys [N, Dk] that a graph holds for ids, without those another thread just removed."""
+    with contextlib.suppress(RuntimeError):  # hnswlib knows no label that is marked as deleted
+        return ids, np.asarray(index.get_items(ids), np.float32)
+    found = {}
+    for number in ids.tolist():
+        with contextlib.suppress(RuntimeError):
+            found[number] = np.asarray(index.get_items([number])[0], np.float32)
+    keys = np.stack(list(found.values())) if found else np.empty((0, index.dim), np.float32)
+    return np.array(list(found), np.int64), keys
 
 
 def _threads() -> int:

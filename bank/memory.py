@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tinyalign.bank.errors import InputError
 
 Floats: TypeAlias = NDArray[np.float32]
+Halves: TypeAlias = NDArray[np.float16]
 Value: TypeAlias = str | int | float | bool
 Metadata: TypeAlias = Mapping[str, Value]
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from tinyalign.bank import memory as codec
 from tinyalign.bank.errors import BankError, InputError
-from tinyalign.bank.memory import Floats, Memory, Metadata, Row, Value
+from tinyalign.bank.memory import Halves, Memory, Metadata, Row, Value
 from tinyalign.bank.sqlite import check_file, connect, connect_read_only, explained, pragma
 
 FORMAT = 2
@@ -32,6 +32,7 @@ APPLICATION_ID = 0x7441424B  # "tABK" in SQLite's application_id
 MAX_WIDTH = 65_536
 GENERATIONS_KEPT = 1000  # an index older than this many write transactions is rebuilt
 IDS_PER_QUERY = 500
+KEYS_PER_QUERY = 8192
 INTEGRITY_PROBLEMS = 10  # of the file, as SQLite reports them
 
 SCHEMA = (
@@ -190,19 +191,15 @@ class Store:
         rows = self._rows(f"SELECT m.id FROM memories m{condition}", values)
         return np.sort(np.array([row[0] for row in rows], np.int64))
 
-    def keys(self, first_id: int = 0) -> tuple[NDArray[np.int64], Floats]:
-        """Ids [N], ascending from ``first_id``, and their keys [N, Dk]."""
-        query = "SELECT id, key FROM memories WHERE id >= ? ORDER BY id"
-        rows = self._rows(query, (first_id,))
-        width = self.header.key_width
-        for number, blob in rows:
-            if not isinstance(blob, bytes) or len(blob) != 2 * width:
-                raise self._damaged(number)
-        keys = np.frombuffer(b"".join(blob for _, blob in rows), "<f2").astype(np.float32)
-        keys = keys.reshape(len(rows), width)
-        if not np.isfinite(keys).all():
-            raise self._damaged(rows[int(np.argmin(np.isfinite(keys).all(axis=1)))][0])
-        return np.array([row[0] for row in rows], np.int64), keys
+    def keys(self, first_id: int = 0) -> tuple[NDArray[np.int64], Halves]:
+        """Ids [N], ascending from ``first_id``, and their keys fp16 [N, Dk]."""
+        ids, keys = [np.empty(0, np.int64)], [np.empty((0, self.header.key_width), np.float16)]
+        query = "SELECT id, key FROM memories WHERE id >= ? ORDER BY id LIMIT ?"
+        while rows := self._rows(query, (first_id, KEYS_PER_QUERY)):
+            ids.append(np.array([number for number, _ in rows], np.int64))
+            keys.append(self._stacked(rows))
+            first_id = rows[-1][0] + 1
+        return np.concatenate(ids), np.concatenate(keys)
 
     def memories(self, where: Metadata | None = None) -> list[Memory]:
         """All memories that match ``where``, by id."""
@@ -329,6 +326,18 @@ class Store:
                 _next_generation(self._connection)
 
     # --- inside ----------------------------------------------------------------------------
+
+    def _stacked(self, rows: Sequence[tuple[int, Any]]) -> Halves:
+        """The keys fp16 [N, Dk] of (id, key) rows; BankError at a damaged one."""
+        width = self.header.key_width
+        for number, blob in rows:
+            if not isinstance(blob, bytes) or len(blob) != 2 * width:
+                raise self._damaged(number)
+        keys = np.frombuffer(b"".join(blob for _, blob in rows), "<f2").reshape(len(rows), width)
+        finite = np.isfinite(keys).all(axis=1)
+        if not finite.all():
+            raise self._damaged(rows[int(np.argmin(finite))][0])
+        return keys
 
     def _bad_memories(self, ids: Sequence[int]) -> list[str]:
         """A line for each of these memories that is damaged; those that are gone are left out."""
