@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,7 @@ BUILD_EFFORT = 200  # ef_construction
 SEARCH_EFFORT = 64  # ef
 CACHE_FORMAT = 1
 SIDECAR_BYTES = 4096
+ABANDONED_SECONDS = 3600  # nobody takes that long to write a cache file
 ROWS_AT_ONCE = 8192
 
 Ids = NDArray[np.int64]
@@ -262,6 +264,7 @@ def _writer() -> str:
 def _save(store: Store, generation: Generation, graph: Graph) -> None:
     """Write graph and sidecar, each by renaming; a directory that cannot be written is no error."""
     file, sidecar = cache_files(store.path)
+    _sweep(file)
     with contextlib.suppress(OSError, RuntimeError), _temporary(file) as temporary:
         graph.index.save_index(str(temporary))
         size, digest = _digest(temporary)
@@ -325,6 +328,15 @@ def _digest(file: Path) -> tuple[int, str]:
 def _identity(file: Path) -> tuple[int, int, int]:
     status = file.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _sweep(file: Path) -> None:
+    """Delete the temporary files of processes that were killed while they wrote the cache."""
+    with contextlib.suppress(OSError):
+        for left in file.parent.iterdir():
+            temporary = left.name.startswith(file.name + ".") and left.suffix == ".tmp"
+            if temporary and time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
 
 
 @contextlib.contextmanager

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 import tempfile
-import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -446,6 +444,7 @@ def test_a_broken_folder_adds_nothing(name: str, path: Path, tmp_path: Path) -> 
 
 KEYS = clustered(12, seed=11)
 NUMBERS = st.integers(0, len(KEYS) - 1)
+OWNERS = st.sampled_from(["Ann", "Bo", "Zoë"])
 
 
 class BankAgainstDict(RuleBasedStateMachine):
@@ -455,17 +454,20 @@ class BankAgainstDict(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.bank = Bank.create(self.folder / "b.sqlite", FINGERPRINT, DK, D)
+        self.other = Bank.create(self.folder / "other.sqlite", FINGERPRINT, DK, D)
+        self.other.add(memory(KEYS[n], "b", metadata={"owner": "Bo"}) for n in range(3))
         self.model: dict[int, tuple[int, str, dict[str, Any]]] = {}
         self.last = 0
 
     def teardown(self) -> None:
         self.bank.close()
+        self.other.close()
         shutil.rmtree(self.folder)
 
     def known(self, number: int, text: str) -> int | None:
         return next((i for i, (n, t, _) in self.model.items() if (n, t) == (number, text)), None)
 
-    @rule(number=NUMBERS, text=st.sampled_from("abc"), owner=st.sampled_from(["Ann", "Zoë"]))
+    @rule(number=NUMBERS, text=st.sampled_from("abc"), owner=OWNERS)
     def add(self, number: int, text: str, owner: str) -> None:
         expected = self.known(number, text)
         if expected is None:
@@ -484,7 +486,7 @@ class BankAgainstDict(RuleBasedStateMachine):
             self.bank.get(number)
 
     @precondition(lambda self: self.model)
-    @rule(data=st.data(), owner=st.sampled_from(["Ann", "Bo"]))
+    @rule(data=st.data(), owner=OWNERS)
     def update(self, data: st.DataObject, owner: str) -> None:
         number = data.draw(st.sampled_from(sorted(self.model)))
         self.bank.update(number, metadata={"owner": owner})
@@ -508,8 +510,47 @@ class BankAgainstDict(RuleBasedStateMachine):
         self.model[expected] = (key, text, {})
 
     @rule()
+    def merge(self) -> None:
+        new = [n for n in range(3) if self.known(n, "b") is None]
+        for number in new:
+            self.last += 1
+            self.model[self.last] = (number, "b", {"owner": "Bo"})
+        assert self.bank.merge(self.other) == len(new)
+
+    @rule(
+        query=NUMBERS,
+        k=st.integers(1, 14),
+        owner=st.none() | OWNERS,
+        exclude=st.frozensets(st.integers(1, 9), max_size=3),
+        reader=st.booleans(),
+    )
+    def search(
+        self, query: int, k: int, owner: str | None, exclude: frozenset[int], reader: bool
+    ) -> None:
+        scores = {
+            number: float(KEYS[key].astype(np.float16).astype(np.float32) @ KEYS[query])
+            for number, (key, _, metadata) in self.model.items()
+            if number not in exclude and (owner is None or metadata.get("owner") == owner)
+        }
+        where = {"owner": owner} if owner else None
+        with ExitStack() as opened:
+            bank = self.bank
+            if reader:  # as another process sees it
+                path = self.folder / "b.sqlite"
+                bank = opened.enter_context(Bank.open(path, read_only=True))
+            hits = bank.search(KEYS[query], k, where=where, exclude=exclude)
+        assert len(hits) == len({hit.id for hit in hits}) == min(k, len(scores))
+        best = sorted(scores.values(), reverse=True)[:k]
+        np.testing.assert_allclose([hit.score for hit in hits], best, atol=1e-5)
+        np.testing.assert_allclose([scores[hit.id] for hit in hits], best, atol=1e-5)
+
+    @rule()
     def compact(self) -> None:
         self.bank.compact()
+
+    @rule()
+    def seal(self) -> None:
+        self.bank.seal()
 
     @rule()
     def reopen(self) -> None:
@@ -526,53 +567,21 @@ class BankAgainstDict(RuleBasedStateMachine):
         assert ranked == sorted(ranked, reverse=True)
 
 
+class GraphAgainstDict(BankAgainstDict):
+    """The same with a graph and its cache from a few memories on."""
+
+    def __init__(self) -> None:
+        self.limit = index.EXACT_LIMIT
+        index.EXACT_LIMIT = 4
+        super().__init__()
+
+    def teardown(self) -> None:
+        super().teardown()
+        index.EXACT_LIMIT = self.limit
+
+
+QUICK = settings(max_examples=15, stateful_step_count=20, deadline=None)
 TestBankAgainstDict = BankAgainstDict.TestCase
-TestBankAgainstDict.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
-
-
-# --- killed at any moment --------------------------------------------------------------------
-
-WORK = """
-import sys
-import numpy as np
-from tinyalign.bank import Bank, NewMemory
-path, other, start = sys.argv[1], sys.argv[2], int(sys.argv[3])
-keys = np.eye(32, dtype=np.float32)
-with Bank.open(path) as bank, Bank.open(other, read_only=True) as more:
-    print("ready", flush=True)
-    for number in range(start, start + 10_000):
-        bank.add([NewMemory(keys[number % 32], np.ones((1, 8)), f"taught {number}")])
-        print(number, flush=True)
-        if number % 3 == 0:
-            bank.remove([m.id for m in bank.list() if m.text.startswith("other")])
-        elif number % 3 == 1:
-            bank.merge(more)
-        else:
-            bank.compact()
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_nothing_is_lost_or_half_there(path: Path, tmp_path: Path) -> None:
-    """SIGKILL amid add, remove, merge and compact, again and again on the same bank."""
-    Bank.create(path, FINGERPRINT, DK, D).close()
-    with Bank.create(tmp_path / "other.db", FINGERPRINT, DK, D) as other:
-        other.add(memory(key, f"other {n}") for n, key in enumerate(clustered(300)))
-    random = np.random.default_rng(5)
-    acknowledged: set[int] = set()
-    for turn in range(20):
-        first = turn * 10_000
-        command = [sys.executable, "-c", WORK, str(path), str(tmp_path / "other.db"), str(first)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(random.uniform(0, 0.15))
-        process.kill()
-        acknowledged |= {int(line) for line in process.stdout.read().splitlines()}
-        process.wait()
-        with Bank.open(path) as bank:
-            assert bank.verify().sound
-            texts = [m.text for m in bank.list()]
-        taught = {int(text.split()[1]) for text in texts if text.startswith("taught")}
-        assert acknowledged <= taught and len(taught - acknowledged) <= turn + 1
-        assert sum(text.startswith("other") for text in texts) in (0, 300)
-    assert len(acknowledged) > 20
+TestBankAgainstDict.settings = QUICK
+TestGraphAgainstDict = GraphAgainstDict.TestCase
+TestGraphAgainstDict.settings = QUICK
