@@ -262,12 +262,14 @@ def _writer() -> str:
 
 
 def _save(store: Store, generation: Generation, graph: Graph) -> None:
-    """Write graph and sidecar, each by renaming; a directory that cannot be written is no error."""
+    """Write graph and sidecar, each by renaming; that they cannot be written is no error."""
     file, sidecar = cache_files(store.path)
     _sweep(file)
     with contextlib.suppress(OSError, RuntimeError), _temporary(file) as temporary:
         graph.index.save_index(str(temporary))
         size, digest = _digest(temporary)
+        if size != graph.index.index_file_size():  # hnswlib is silent about a full disk
+            return
         dim, count = store.header.key_width, len(graph.ids)
         number, token = generation.number, generation.token
         binding = _Binding(CACHE_FORMAT, _writer(), number, token, dim, count, size, digest)

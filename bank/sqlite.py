@@ -12,6 +12,12 @@ from tinyalign.bank.errors import BankError
 
 MAX_VALUE_BYTES = 16 << 20  # no text, thumbnail or blob in a bank is larger
 BUSY_SECONDS = 10.0
+SETTINGS = (
+    "synchronous = FULL",
+    "fullfsync = ON",  # macOS: through the disk's own cache as well
+    "trusted_schema = OFF",
+    "cell_size_check = ON",
+)
 
 
 def connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -25,7 +31,7 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
     )
     try:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
-        for setting in ("synchronous = FULL", "trusted_schema = OFF", "cell_size_check = ON"):
+        for setting in SETTINGS:
             connection.execute(f"PRAGMA {setting}")
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # reads the file
     except BaseException:
@@ -39,7 +45,8 @@ def connect_read_only(path: Path) -> sqlite3.Connection:
     try:
         return connect(path, "ro")
     except sqlite3.OperationalError as error:
-        if _code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        cannot_write = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+        if _code(error) not in cannot_write and not _no_shared_memory(error):
             raise
     if not _size(path, "-wal") and not _size(path, "-journal"):
         return connect(path, "ro&immutable=1")
@@ -109,7 +116,7 @@ def _explanation(path: Path, error: Exception) -> str:
         return f"{path} cannot be written: it or its directory is read-only"
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return f"{path} cannot be opened: no such directory, or no permission"
-    if code == sqlite3.SQLITE_FULL:
+    if code == sqlite3.SQLITE_FULL or _no_shared_memory(error):
         return f"{path} cannot be written: no space is left; nothing was changed"
     if code == sqlite3.SQLITE_IOERR:
         return f"{path} cannot be read or written: the disk reports an error"
@@ -120,6 +127,11 @@ def _explanation(path: Path, error: Exception) -> str:
     if isinstance(error, sqlite3.ProgrammingError):
         return f"{path} is closed"
     return f"{path} is damaged: SQLite cannot read it; take it from a backup"
+
+
+def _no_shared_memory(error: Exception) -> bool:
+    """Whether there was no space for the -shm file, which even readers in WAL mode need."""
+    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHMSIZE
 
 
 def _code(error: Exception) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -64,6 +65,32 @@ def test_what_a_killed_cache_writer_left_is_swept(path: Path, monkeypatch: pytes
     with Bank.open(path) as bank:
         bank.search(keys[0])
     assert not old.exists() and new.exists()  # another process may still be writing the new one
+
+
+def test_power_fails_and_the_end_of_the_log_is_lost(path: Path, tmp_path: Path) -> None:
+    """Cut anywhere, with rubbish after it: all adds that were synced by then are there, whole."""
+    Bank.create(path, FINGERPRINT, DK, D).close()
+    log = path.with_name(path.name + "-wal")
+    with Bank.open(path) as bank:
+        synced = []
+        for turn in range(12):
+            keys = clustered(3, seed=turn)
+            bank.add(memory(key, f"{turn} {n}") for n, key in enumerate(keys))
+            synced.append(log.stat().st_size)
+        state, data = path.read_bytes(), log.read_bytes()
+    assert synced == sorted(set(synced))
+    random = np.random.default_rng(2)
+    copy = tmp_path / "copy.sqlite"
+    for cut in [*synced, *random.integers(synced[0], len(data), 40).tolist()]:
+        copy.write_bytes(state)
+        rubbish = random.bytes(int(random.integers(8192)))
+        copy.with_name(copy.name + "-wal").write_bytes(data[:cut] + rubbish)
+        with Bank.open(copy) as bank:
+            assert bank.verify().sound
+            turns = sum(size <= cut for size in synced)
+            assert [m.text for m in bank.list()] == [
+                f"{turn} {n}" for turn in range(turns) for n in range(3)
+            ]
 
 
 # --- a full disk -----------------------------------------------------------------------------
@@ -146,6 +173,27 @@ def test_a_disk_that_is_really_full(small_disk: Path, sealed: bool) -> None:
         ballast.unlink()
         bank.add([memory(clustered(1, seed=8)[0], "again")])
         check_nothing_lost(bank, added + 1)
+
+
+def test_no_space_for_the_index_cache(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hnswlib does not say that it could not write its file."""
+    pytest.importorskip("hnswlib")
+    monkeypatch.setattr(index, "EXACT_LIMIT", 100)
+    path, ballast = small_disk / "things.sqlite", small_disk / "ballast"
+    keys = fill(path, 400)
+    free = shutil.disk_usage(small_disk).free
+    for left in (0, 4096, 30_000):  # not even its header, a part of it
+        ballast.write_bytes(bytes(free - left))
+        with Bank.open(path, read_only=True) as bank:
+            assert found(bank, keys[7], 1) == [8]
+            assert bank.stats().index == "missing"
+        if not left:
+            with pytest.raises(BankError, match="no space is left"):
+                Bank.open(path)
+        ballast.unlink()
+    with Bank.open(path, read_only=True) as bank:
+        assert found(bank, keys[7], 1) == [8]
+        assert bank.stats().index == "cached"
 
 
 FILE_LIMIT = """
