@@ -1,11 +1,9 @@
 """The small parts as ONNX graphs: vision encoder, connector, compressor and RAG connector.
 
 torch's exporter (the torch.export one) writes each graph with a free first axis. What it leaves is
-then changed in three ways, all on the graph itself: notes about the source code are dropped, the
-RAG connector's token embeddings become a reference to embeddings.bin, and the weights are quantized
-if asked for: constant factors of matrix products to blocks of 8 or 4 bits. Products over fewer
-numbers than a block has stay exact; among them is the search for the token that a share of a latent
-stands for, which must not slip to its neighbour. The vision encoder is nearly all convolutions:
+then changed in two ways, both on the graph itself: notes about the source code are dropped, and the
+weights are quantized if asked for: constant factors of matrix products to blocks of 8 or 4 bits.
+The vision encoder is nearly all convolutions:
 onnxruntime's own quantizer takes it to 8 bits, activations too, calibrated on real pictures.
 """
 
@@ -33,7 +31,6 @@ from onnxruntime.quantization import (
 from torch import Tensor, nn
 
 from tinyalign.export.graph import MICROSOFT, MICROSOFT_OPSET, Precision
-from tinyalign.export.lm import EMBEDDINGS_NAME
 from tinyalign.export.quantize import BLOCK, Bits, quantize
 
 OPSET = 20
@@ -53,13 +50,13 @@ class Signature:
 SIGNATURES = {
     "vision": Signature(("pixels",), ("cells",)),
     "connector": Signature(("cells",), ("image_tokens", "token_ids")),
-    "compressor": Signature(("token_embeddings", "cells"), ("latents",)),
+    "compressor": Signature(("token_embeddings", "members", "cells"), ("latents",)),
     "rag_connector": Signature(("latents",), ("memory_tokens", "keep"), axis="K"),
 }
 
 
 class Whole(nn.Module):
-    """A module as the child of another: the exporter trips over some names at the top ("code")."""
+    """A module as the child of another: the exporter trips over some names at the top."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -77,22 +74,14 @@ def export_component(
 
     Args:
         name: one of `SIGNATURES`.
-        module: the part in eval mode. A buffer `embeddings` [V, D] of the RAG connector becomes a
-            reference to embeddings.bin, which must lie beside `path`.
+        module: the part in eval mode.
         path: the graph's file.
         example: inputs of 2 or more rows: the exporter follows the first two, and the vision
             encoder in int8 is calibrated on all of them.
         precision: of the weights; "fp32" or "int8" for the vision encoder.
     """
     module = with_plain_buffers(module)
-    two = tuple(value[:2] for value in example)
-    if name == "rag_connector":
-        table = module.get_buffer("embeddings")  # [V, D]
-        module.register_buffer("embeddings", table.half())
-        model = trace(Whole(module), two, SIGNATURES[name])
-        refer_to_embeddings(model, tuple(table.shape))
-    else:
-        model = trace(Whole(module), two, SIGNATURES[name])
+    model = trace(Whole(module), tuple(value[:2] for value in example), SIGNATURES[name])
     if precision != "fp32" and name != "vision":
         quantize_products(model, 8 if precision == "int8" else 4)
     drop_unused(model)
@@ -145,19 +134,6 @@ def trace(module: nn.Module, example: tuple[Tensor, ...], signature: Signature) 
             value.type.tensor_type.shape.dim[0].dim_param = signature.axis
             target.append(value)
     return bare
-
-
-def refer_to_embeddings(model: onnx.ModelProto, shape: tuple[int, ...]) -> None:
-    """Replace the float16 table of that shape by a reference to embeddings.bin."""
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT16 and tuple(tensor.dims) == tuple(shape):
-            tensor.ClearField("raw_data")
-            tensor.data_location = TensorProto.EXTERNAL
-            length = 2 * int(np.prod(shape))
-            for key, value in (("location", EMBEDDINGS_NAME), ("offset", 0), ("length", length)):
-                tensor.external_data.add(key=key, value=str(value))
-            return
-    raise ValueError("the graph holds no float16 table of token embeddings")
 
 
 def quantize_products(model: onnx.ModelProto, bits: Bits) -> None:

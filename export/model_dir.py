@@ -98,7 +98,11 @@ def examples(parts: Parts, pictures: Sequence[Picture]) -> dict[str, tuple[torch
     return {
         "vision": (torch.from_numpy(pixels),),
         "connector": (cells,),
-        "compressor": (torch.ones(2, memory.max_text_tokens, memory.width), cells),
+        "compressor": (
+            torch.ones(2, memory.max_text_tokens, memory.width),
+            torch.ones(2, memory.chunks, memory.max_text_tokens),
+            cells,
+        ),
         "rag_connector": (torch.ones(2, memory.latents, memory.latent_width),),
     }
 
@@ -115,7 +119,8 @@ def write_bank(parts: Parts, source: Path, target: Path) -> None:
         return
     assert parts.keys is not None
     width = parts.compressor.shape.latent_width
-    with Bank.create(target, fingerprint, parts.keys.width, width, "default") as bank:
+    floor = parts.prompt.similarity[-1][1]
+    with Bank.create(target, fingerprint, parts.keys.width, width, "default", floor) as bank:
         bank.seal()
 
 
@@ -132,7 +137,7 @@ def write_manifest(
         vision=VisionSpec(parts.connector.shape.cells, memory.vision_width),
         connector=ConnectorSpec(parts.connector.shape.tokens),
         compressor=CompressorSpec(memory.max_text_tokens, memory.latents, memory.latent_width),
-        rag_connector=RagConnectorSpec(memory.memory_tokens),
+        rag_connector=RagConnectorSpec(memory.chunks),
         lm=lm_spec(parts.lm.config, CONTEXT),
         precisions=asdict(precisions),
         prompt=parts.prompt,

@@ -20,15 +20,28 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
-from tinyalign.bank import Bank
+from tinyalign.bank import Bank, MemoryBank
 from tinyalign.export.components import SIGNATURES
 from tinyalign.export.model_dir import Precisions
 from tinyalign.runtime import TinyAlign
 from tinyalign.runtime.images import Picture, load_picture, preprocess
 from tinyalign.runtime.loading import open_session
 from tinyalign.runtime.manifest import ImageSpec
-from tinyalign.training.answer import answer, look, padded_latents, prompt_rows, recall
+from tinyalign.runtime.memory_text import read_memory
+from tinyalign.training.answer import (
+    TorchAnswer,
+    answer,
+    choice,
+    look,
+    memory_texts,
+    padded_latents,
+    prompt_rows,
+    recall,
+    stop_ids,
+)
+from tinyalign.training.batch import text_input
 from tinyalign.training.parts import Parts
 
 QUESTIONS = (
@@ -145,23 +158,25 @@ def measure_components(
 
 
 def real_inputs(
-    parts: Parts, banks: Sequence[Bank], pictures: Sequence[Picture]
+    parts: Parts, banks: Sequence[MemoryBank], pictures: Sequence[Picture]
 ) -> dict[str, tuple[torch.Tensor, ...]]:
     """What real pictures and their nearest memories give each component."""
     spec, memory = ImageSpec(), parts.compressor.shape
     pixels = np.stack([preprocess(load_picture(p, spec.background), spec) for p in pictures])
     with torch.inference_mode():
         cells = parts.vision(torch.from_numpy(pixels))
-        texts = torch.zeros(len(pictures), memory.max_text_tokens, memory.width)
-        for row, count in zip(texts, range(3, 99), strict=False):  # texts of several lengths
-            ids = parts.tokenizer.encode(f"This is number {count}. " * count).ids
-            row[:count] = parts.embeddings[ids[:count]]
+        read = [  # texts of several lengths
+            read_memory(parts.tokenizer, "This is it. " * n, memory.max_text_tokens, memory.chunks)
+            for n in range(1, len(pictures) + 1)
+        ]
+        ids, members = text_input(read, memory, memory.max_text_tokens)
+        words = functional.embedding(ids, parts.embeddings)
         hits = recall(parts, banks, cells, QUESTIONS[0])
-        latents = padded_latents(parts, hits) if hits else parts.compressor(texts, cells)
+        latents = padded_latents(parts, hits) if hits else parts.compressor(words, members, cells)
     return {
         "vision": (torch.from_numpy(pixels),),
         "connector": (cells,),
-        "compressor": (texts, cells),
+        "compressor": (words, members, cells),
         "rag_connector": (latents,),
     }
 
@@ -217,19 +232,20 @@ def measure_answers(parts: Parts, model: TinyAlign, pictures: Sequence[Picture])
         equal += told.token_ids == expected.ids
         ended = told.finish_reason == "stop"
         tokens += len(told.token_ids) + ended
-        same += count_same(parts, expected.rows, told.token_ids, ended)
+        same += count_same(parts, expected, told.token_ids, ended)
     return AnswerReport(len(pictures), equal, tokens, same)
 
 
 @torch.inference_mode()
-def count_same(parts: Parts, rows: torch.Tensor, ids: Sequence[int], ended: bool) -> int:
-    """How many of `ids` (and the end) torch would have chosen after prompt rows [1, N, D]."""
+def count_same(parts: Parts, expected: TorchAnswer, ids: Sequence[int], ended: bool) -> int:
+    """How many of `ids` (and the end) torch would have chosen after the prompt of `expected`."""
     told = parts.embeddings[list(ids)][None]  # [1, n, D]
-    output = parts.lm(inputs_embeds=torch.cat([rows, told], 1), logits_to_keep=len(ids) + 1)
-    choices = output.logits[0].argmax(dim=-1).tolist()  # n + 1, the last one after all of ids
-    same = sum(int(choice == token) for choice, token in zip(choices, ids, strict=False))
-    stop = {parts.tokenizer.token_to_id(word) for word in parts.prompt.stop}
-    return same + (1 if ended and choices[-1] in stop else 0)
+    rows = torch.cat([expected.rows, told], 1)
+    logits = parts.lm(inputs_embeds=rows, logits_to_keep=len(ids) + 1).logits[0]  # [n + 1, V]
+    sentences = [s for text in memory_texts(parts, expected.hits) for s in text.to_copy()]
+    choices = [choice(row, ids[:n], sentences, parts.prompt) for n, row in enumerate(logits)]
+    same = sum(int(chosen == token) for chosen, token in zip(choices, ids, strict=False))
+    return same + (1 if ended and choices[-1] in stop_ids(parts) else 0)
 
 
 def check_pictures(bank: Path, most: int = 8) -> list[Picture]:

@@ -67,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
         "--top-k", metavar="N", type=int, help="use at most N memories (default: the model's, 3)"
     )
     memory.add_argument(
+        "--memory-mode",
+        choices=("latent", "text", "both"),
+        help="what the language model reads of a memory: a few tokens made from its latents, all "
+        "tokens of its text, or both (default: the model's own choice)",
+    )
+    memory.add_argument(
         "--where",
         metavar="KEY=VALUE",
         action="append",
@@ -116,6 +122,8 @@ def guarded(program: str, work: Callable[[], int | None]) -> int:
     """Do a command's work; what it raises becomes one line on stderr and the exit code."""
     from tinyalign.runtime.errors import InputError, TinyAlignError
 
+    if sys.stdout is None:
+        return complain(program, "standard output is closed")
     try:
         code = work()
         sys.stdout.flush()
@@ -148,6 +156,7 @@ def answer(arguments: argparse.Namespace) -> None:
             picture,
             arguments.question,
             memory=not arguments.no_memory,
+            memory_mode=arguments.memory_mode,
             top_k=arguments.top_k,
             where=where or None,
             max_tokens=arguments.max_tokens,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -16,11 +17,14 @@ from typing import Any, Literal, TypeVar
 
 from tinyalign.runtime.errors import ModelError
 
-FORMAT = 1
+FORMAT = 2  # 2: latents of chunks, memory modes, copy bonus
 MANIFEST_NAME = "tinyalign.json"
 MAX_MANIFEST_BYTES = 4 << 20
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
+# As what the language model reads a retrieved memory: at most as many tokens as there are chunks,
+# made from its latents; all tokens of its text; or the one after the other.
+MemoryMode = Literal["latent", "text", "both"]
 T = TypeVar("T")
 
 
@@ -61,11 +65,19 @@ class ConnectorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class CompressorSpec:
-    """The compressor: ``max_text_tokens`` of text and a picture into ``latents`` x ``width``."""
+    """The compressor: ``max_text_tokens`` of text and a picture into ``latents`` x ``width``.
+
+    Latent 0 is the picture's, the others are one for each chunk of the text.
+    """
 
     max_text_tokens: int
     latents: int
     width: int
+
+    @property
+    def chunks(self) -> int:
+        """Into how many chunks a text is parted at most."""
+        return self.latents - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +114,10 @@ class PromptSpec:
     ]  # words and falling score floors; below the last: dropped
     stop: tuple[str, ...]
     top_k: int = 3
+    memory_mode: MemoryMode = "latent"
+    # Bonus on the logit of the next token of a memory's sentence, after an answer has repeated
+    # 1, 2, .. tokens of it.
+    copy_bonus: tuple[float, ...] = (0.0, 0.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +209,11 @@ def _check_format(value: object) -> None:
         raise ModelError(
             f"the model has format {value}, newer than {FORMAT}: it needs a newer tinyalign"
         )
+    if value < FORMAT:
+        raise ModelError(
+            f"the model has format {value}, older than {FORMAT}: export it again with "
+            "tinyalign-export"
+        )
 
 
 def _check_values(m: Manifest) -> None:
@@ -222,6 +243,8 @@ def _check_values(m: Manifest) -> None:
     floors = [floor for _, floor in m.prompt.similarity]
     if not floors or floors != sorted(floors, reverse=True):
         raise ModelError(f"{MANIFEST_NAME}: prompt.similarity must list falling score floors")
+    if not m.prompt.copy_bonus or not all(map(math.isfinite, m.prompt.copy_bonus)):
+        raise ModelError(f"{MANIFEST_NAME}: prompt.copy_bonus must list finite numbers")
     for entry in m.files:
         _check_entry(entry)
     if len({entry.path for entry in m.files}) != len(m.files):

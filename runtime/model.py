@@ -19,14 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
-from tinyalign.bank import Hit, Memory, NewMemory, content_hash, search_banks
+from tinyalign.bank import Hit, Memory, NewMemory, content_hash
 from tinyalign.bank.bank import MemoryBank
 from tinyalign.bank.memory import check_text as valid_text
 from tinyalign.bank.opening import open_bank
@@ -41,6 +41,8 @@ from tinyalign.runtime.loading import (
     load_parts,
     open_session,
 )
+from tinyalign.runtime.manifest import MemoryMode
+from tinyalign.runtime.memory_text import MemoryText, add_copy_bonus, read_memory
 from tinyalign.runtime.paths import default_model_dir
 from tinyalign.runtime.prompt import (
     Segment,
@@ -161,7 +163,8 @@ class TinyAlign:
         top_k: int | None = None,
         where: Mapping[str, str | int | float | bool] | None = None,
     ) -> list[Hit]:
-        """The memories an answer would rest on, nearest first; none below the model's floor."""
+        """The memories an answer would rest on, nearest first; none below its bank's score floor,
+        which is the model's own where a bank has none."""
         prompt = self._parts.manifest.prompt
         if top_k is not None and top_k < 1:
             raise InputError(
@@ -169,8 +172,13 @@ class TinyAlign:
             )
         if not self._banks:
             return []
-        hits = search_banks(self._banks, self.key(image, question), top_k or prompt.top_k, where)
-        return [hit for hit in hits if similarity_word(prompt, hit.score) is not None]
+        count, key = top_k or prompt.top_k, self.key(image, question)
+        near: list[Hit] = []
+        for bank in self._banks:
+            floor = bank.score_floor
+            hits = bank.search(key, count, where)
+            near += [h for h in hits if similarity_word(prompt, h.score, floor) is not None]
+        return sorted(near, key=lambda hit: -hit.score)[:count]
 
     def ask(
         self,
@@ -178,6 +186,7 @@ class TinyAlign:
         question: str,
         *,
         memory: bool = True,
+        memory_mode: MemoryMode | None = None,
         top_k: int | None = None,
         where: Mapping[str, str | int | float | bool] | None = None,
         max_tokens: int = MAX_TOKENS,
@@ -188,13 +197,15 @@ class TinyAlign:
         """Answer a question about a picture (path, bytes, PIL image, array, or an encoded one).
 
         Greedy unless ``temperature`` is above 0. ``memory=False`` asks without the banks;
-        ``where`` keeps only memories with that metadata. Raises PictureError, QuestionError or
-        InputError, all of them InputError, with one clear line.
+        ``memory_mode`` says as what the language model reads the memories (the model's own mode
+        unless given); ``where`` keeps only memories with that metadata. Raises PictureError,
+        QuestionError or InputError, all of them InputError, with one clear line.
         """
         return self.stream(
             image,
             question,
             memory=memory,
+            memory_mode=memory_mode,
             top_k=top_k,
             where=where,
             max_tokens=max_tokens,
@@ -209,6 +220,7 @@ class TinyAlign:
         question: str,
         *,
         memory: bool = True,
+        memory_mode: MemoryMode | None = None,
         top_k: int | None = None,
         where: Mapping[str, str | int | float | bool] | None = None,
         max_tokens: int = MAX_TOKENS,
@@ -224,9 +236,12 @@ class TinyAlign:
             raise InputError(
                 f"top-k must be 1 or more, not {top_k} (no memory at all: --no-memory)"
             )
+        mode = memory_mode or self._parts.manifest.prompt.memory_mode
+        if mode not in get_args(MemoryMode):
+            raise InputError(f"the memory mode is latent, text or both, not {mode!r}")
         self._check_room(question, (), (), max_tokens)
         wanted = (top_k, where) if memory else None
-        return AnswerStream(self._answer(image, question, wanted, max_tokens, sampling))
+        return AnswerStream(self._answer(image, question, wanted, mode, max_tokens, sampling))
 
     def memory(
         self,
@@ -245,7 +260,7 @@ class TinyAlign:
             image = load_picture(image, self._parts.manifest.image.background)
             small = thumbnail(image)
         seen = self.encode(image)
-        latents = self._compress(ids, seen.cells)
+        latents = self._compress(text, seen.cells)
         key = make_key(seen.pooled, mean_embedding(ids, self._parts.embeddings), self._parts.keys)
         digest = content_hash(bytes.fromhex(seen.pixel_hash), text.strip())
         return NewMemory(key, latents, text.strip(), source, dict(metadata or {}), small, digest)
@@ -254,7 +269,7 @@ class TinyAlign:
         """A stored memory with another text; its picture is not needed. Raises InputError."""
         spec = self._parts.manifest.vision
         ids = self.check_text(text)
-        latents = self._compress(ids, np.zeros((spec.cells, spec.width), np.float32))
+        latents = self._compress(text, np.zeros((spec.cells, spec.width), np.float32))
         latents[0] = memory.latents[0]  # the picture's, in every compressor
         words = mean_embedding(ids, self._parts.embeddings)
         if words is None:
@@ -296,28 +311,39 @@ class TinyAlign:
             array.flags.writeable = False
         digests = [hashlib.sha256(p.tobytes()).hexdigest() for p in pictures]
         return [
-            EncodedPicture(*arrays, digest, self._model_id)
-            for *arrays, digest in zip(cells, tokens, ids, digests, strict=True)
+            EncodedPicture(c, t, i, digest, self._model_id)
+            for c, t, i, digest in zip(cells, tokens, ids, digests, strict=True)
         ]
 
-    def _compress(self, ids: Sequence[int], cells: Floats) -> Floats:
-        """Latents f32 [l, d] of a text's tokens and cells [C, Dv], without the unused rest."""
-        parts, spec = self._parts, self._parts.manifest
-        words = np.zeros((1, spec.compressor.max_text_tokens, spec.lm.width), np.float32)
-        words[0, : len(ids)] = parts.embeddings[list(ids)]
+    def _compress(self, text: str, cells: Floats) -> Floats:
+        """Latents f32 [l, d] of a text and cells [C, Dv], without the unused rest."""
+        parts, spec = self._parts, self._parts.manifest.compressor
+        width = parts.manifest.lm.width
+        read = self._read_memory(text)
+        words = np.zeros((1, spec.max_text_tokens, width), np.float32)  # [1, N, D]
+        members = np.zeros((1, spec.chunks, spec.max_text_tokens), np.float32)
+        words[0, : len(read.ids)] = parts.embeddings[list(read.ids)]
+        for row, span in zip(members[0], read.members, strict=False):
+            row[span.start : span.stop] = 1
         with self._opening:
             if self._compressor is None:
                 path = parts.directory / "compressor.onnx"
                 self._compressor = open_session(path, parts.threads)
-        inputs = {"token_embeddings": words, "cells": cells[None]}
+        inputs = {"token_embeddings": words, "members": members, "cells": cells[None]}
         latents: Floats = _run(self._compressor, ["latents"], **inputs)[0][0]
-        return latents[: np.flatnonzero(np.any(latents != 0, axis=1))[-1] + 1]
+        return latents[: 1 + len(read.chunks)]
+
+    def _read_memory(self, text: str) -> MemoryText:
+        """The tokens of a memory's text and their chunks."""
+        spec = self._parts.manifest.compressor
+        return read_memory(self._parts.tokenizer, text, spec.max_text_tokens, spec.chunks)
 
     def _answer(
         self,
         image: Picture | EncodedPicture,
         question: str,
         wanted: tuple[int | None, Mapping[str, str | int | float | bool] | None] | None,
+        mode: MemoryMode,
         max_tokens: int,
         sampling: Sampling,
     ) -> Generator[str, None, Answer]:
@@ -328,13 +354,16 @@ class TinyAlign:
         hits = self.retrieve(picture, question, *wanted) if wanted else []
         retrieved = time.perf_counter()
 
-        tokens = self._memory_tokens(hits)
+        texts = [self._read_memory(hit.text) for hit in hits]
+        sentences = [sentence for text in texts for sentence in text.to_copy()]
+        bonus = parts.manifest.prompt.copy_bonus
+        tokens = self._memory_tokens(hits, texts, mode)
         segments = self._check_room(question, hits, tokens, max_tokens)
         rows = embed(segments, parts.embeddings, picture.image_tokens, tokens)  # [N, D]
         limit = min(max_tokens, context - len(rows))
         state = parts.lm.new_state(len(rows) + limit)
         random = sampling.generator()
-        token = pick(parts.lm.forward(state, rows)[0], sampling, random)
+        token = pick(parts.lm.forward(state, rows)[0], sampling, random)  # nothing to copy yet
         prefilled = time.perf_counter()
 
         ids: list[int] = []
@@ -351,7 +380,9 @@ class TinyAlign:
                 break
             step = time.perf_counter()
             row = parts.embeddings[token : token + 1].astype(np.float32)
-            token = pick(parts.lm.forward(state, row)[0], sampling, random)
+            logits = parts.lm.forward(state, row)[0]
+            add_copy_bonus(logits, ids, sentences, bonus)
+            token = pick(logits, sampling, random)
             decode_ms += _ms(step)
         rest = parts.tokenizer.decode(ids, skip_special_tokens=True)[len(text) :]
         if rest:  # bytes of a character that never became whole
@@ -371,7 +402,7 @@ class TinyAlign:
     ) -> tuple[Segment, ...]:
         """The prompt; raises QuestionError if it leaves no room for an answer."""
         parts, manifest = self._parts, self._parts.manifest
-        words = [similarity_word(manifest.prompt, hit.score) or "" for hit in hits]
+        words = [similarity_word(manifest.prompt, hit.score, -1.0) or "" for hit in hits]
         segments = build_prompt(manifest.prompt, parts.tokenizer, question, words)
         length = token_count(segments, [len(rows) for rows in tokens])
         own = len(encode_question(parts.tokenizer, question))
@@ -383,11 +414,22 @@ class TinyAlign:
             )
         return segments
 
-    def _memory_tokens(self, hits: Sequence[Hit]) -> list[Floats]:
+    def _memory_tokens(
+        self, hits: Sequence[Hit], texts: Sequence[MemoryText], mode: MemoryMode
+    ) -> list[Floats]:
+        """LM tokens [m, D] of every hit: from its latents, its text, or both."""
+        table = self._parts.embeddings
+        written = [table[list(text.ids)].astype(np.float32) for text in texts]
+        if mode == "text" or not hits:
+            return written
+        latent = self._latent_tokens(hits)
+        if mode == "latent":
+            return latent
+        return [np.concatenate(pair) for pair in zip(latent, written, strict=True)]
+
+    def _latent_tokens(self, hits: Sequence[Hit]) -> list[Floats]:
         """LM tokens [m, D] of every hit, through the RAG connector in one run."""
         spec = self._parts.manifest.compressor
-        if not hits:
-            return []
         latents = np.zeros((len(hits), spec.latents, spec.width), np.float32)  # [K, L, d]
         for row, hit in zip(latents, hits, strict=True):
             if hit.latents.shape[0] > spec.latents or hit.latents.shape[1] != spec.width:

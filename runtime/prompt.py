@@ -106,9 +106,15 @@ def encode_question(tokenizer: Tokenizer, question: str) -> tuple[int, ...]:
     return encode_text(tokenizer, question)
 
 
-def similarity_word(spec: PromptSpec, score: float) -> str | None:
-    """The word for a retrieval score, or None below the last floor (the memory is dropped)."""
-    return next((word for word, floor in spec.similarity if score >= floor), None)
+def similarity_word(spec: PromptSpec, score: float, floor: float | None = None) -> str | None:
+    """The word for a retrieval score, or None below the floor (the memory is dropped).
+
+    ``floor`` is the bank's own; without one the model's last floor counts.
+    """
+    last_word, last_floor = spec.similarity[-1]
+    if score < (last_floor if floor is None else floor):
+        return None
+    return next((word for word, least in spec.similarity if score >= least), last_word)
 
 
 def token_count(segments: Sequence[Segment], memory_lengths: Sequence[int] = ()) -> int:

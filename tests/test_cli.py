@@ -137,6 +137,11 @@ def test_options(run: Callable, place: Path, tiny: Path) -> None:
     assert cited(*both, "--where", "room=den", "--where", "size=5") == mine
     assert cited(*both, "--where", "room=attic") == set()
     assert cited(*both, "--no-memory") == set()
+    for mode in ("latent", "text", "both"):
+        with TinyAlign.load(tiny) as model:
+            expected = model.ask(place / "good.png", "what?", memory_mode=mode, max_tokens=9).text
+        done = run("good.png", "what?", "--memory-mode", mode, "--max-tokens", "9")
+        assert done.stdout.decode() == expected + "\n"
     sampled = [
         run("good.png", "?", "--temperature", "3", "--top-p", ".9", "--seed", seed).stdout
         for seed in ("1", "1", "2")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyalign.export.components import SIGNATURES, export_component
-from tinyalign.export.graph import Precision
 from tinyalign.training.modules import (
     Compressor,
     Connector,
@@ -45,21 +43,22 @@ def cases() -> dict[str, Case]:
     classifier = nn.Linear(DV, 50)
     names = torch.randint(0, WORDS // 2, (50, shape.name_slots))
     connector = Connector(shape, vocabulary, classifier.weight, classifier.bias, names)
-    memory = MemoryShape(WIDTH, DV, latent_width=32, text_latents=3, tokens_per_latent=4)
+    memory = MemoryShape(WIDTH, DV, latent_width=32, chunks=3, max_text_tokens=12, hidden=16)
     compressor = Compressor(memory)
-    codes = compressor.codes(embeddings).detach()
-    rag_connector = RagConnector(memory, vocabulary, embeddings, codes)
-    nn.init.normal_(rag_connector.text_out.weight, std=0.1)
+    rag_connector = RagConnector(memory, vocabulary, radius=0.8)
+    nn.init.normal_(rag_connector.out.weight, std=0.1)
+    nn.init.constant_(rag_connector.picture_share, 0.3)
     cells = torch.rand(3, 10, DV) * 3
     text = embeddings[torch.randint(0, WORDS, (3, memory.max_text_tokens))]
-    text[0, 5:] = 0  # a shorter text, and none at all
-    text[1] = 0
-    latents = compressor(text, cells)
+    members = torch.zeros(3, memory.chunks, memory.max_text_tokens)
+    members[0, 0, :5] = 1  # one chunk, none at all, and three
+    members[2, 0, :4] = members[2, 1, 4:6] = members[2, 2, 6:] = 1
+    latents = compressor(text, members, cells)
     pixels = torch.rand(3, 3, 260, 260) * 2 - 1
     return {
         "vision": Case(VisionEncoder(), (pixels,)),
         "connector": Case(connector, (cells,)),
-        "compressor": Case(compressor, (text, cells)),
+        "compressor": Case(compressor, (text, members, cells)),
         "rag_connector": Case(rag_connector, (latents.detach(),)),
     }
 
@@ -67,8 +66,6 @@ def cases() -> dict[str, Case]:
 @pytest.fixture(scope="module")
 def folder(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("components")
-    embeddings = cases["rag_connector"].module.get_buffer("embeddings").numpy()
-    (folder / "embeddings.bin").write_bytes(embeddings.astype("<f2").tobytes())
     for name, case in cases.items():
         for precision in ("fp32", "int8"):
             path = folder / f"{name}.{precision}.onnx"
@@ -121,23 +118,8 @@ def test_int8_is_smaller(folder: Path, name: str) -> None:
     assert sizes[0] < 0.6 * sizes[1]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_embeddings_are_not_copied(folder: Path, precision: Precision) -> None:
-    model = onnx.load(folder / f"rag_connector.{precision}.onnx", load_external_data=False)
-    external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    assert [item.value for tensor in external for item in tensor.external_data][:1] == [
-        "embeddings.bin"
-    ]
-
-
 def test_no_notes_about_this_machine(folder: Path) -> None:
     for path in folder.glob("*.onnx"):
         content = path.read_bytes()
         assert b"site-packages" not in content
         assert b".py" not in content
-
-
-def test_the_module_stays_as_it_was(cases: dict[str, Case], folder: Path) -> None:
-    module = cases["rag_connector"].module
-    assert folder.exists()
-    assert module.get_buffer("embeddings").dtype == torch.float32

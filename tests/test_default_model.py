@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 
 from tinyalign.export.model_dir import Precisions, write_bank, write_components, write_manifest
 from tinyalign.runtime import TinyAlign
+from tinyalign.runtime.prompt import encode_text
 from tinyalign.runtime.teach import create_bank
 from tinyalign.training.answer import answer
 from tinyalign.training.features import load_features
@@ -109,6 +111,20 @@ def test_taught_by_one_example_it_knows_names_and_facts(model: TinyAlign, tmp_pa
     assert names >= len(LESSONS) - 1 and facts >= len(LESSONS) - 1
 
 
+def test_a_memory_costs_at_most_four_tokens(model: TinyAlign) -> None:
+    """Beside its heading in the prompt, as latents; as text it costs its tokens."""
+    picture = model.encode(PICTURES / "guitar.png")
+    asked = {
+        mode: model.ask(picture, "What is this?", memory_mode=mode, max_tokens=1)
+        for mode in ("latent", "text")
+    }
+    hits = asked["latent"].memories
+    assert len(hits) == 3
+    text = sum(len(encode_text(model.parts.tokenizer, hit.text)) for hit in hits)
+    frame = asked["text"].prompt_tokens - text
+    assert 3 <= asked["latent"].prompt_tokens - frame <= 12 < text
+
+
 def test_no_memory_is_the_same_as_no_bank(model: TinyAlign) -> None:
     picture = model.encode(PICTURES / "guitar.png")
     without = model.ask(picture, "What is this?", memory=False)
@@ -138,8 +154,8 @@ def test_fp32_export_gives_the_very_tokens_of_torch(tmp_path: Path) -> None:
     write_bank(parts, DEFAULT_WEIGHTS / "bank.sqlite", tmp_path / "bank.sqlite")
     write_manifest(parts, tmp_path, floats, {})
     with TinyAlign.load(tmp_path) as exported:
-        for name, question, _ in ASKED:
-            expected = answer(parts, exported.banks, PICTURES / name, question, 24)
-            told = exported.ask(PICTURES / name, question, max_tokens=24)
+        for (name, question, _), mode in zip(ASKED, cycle(("latent", "text", "both"))):
+            expected = answer(parts, exported.banks, PICTURES / name, question, 24, mode)
+            told = exported.ask(PICTURES / name, question, max_tokens=24, memory_mode=mode)
             assert told.token_ids == expected.ids
             assert [hit.id for hit in told.memories] == [hit.id for hit in expected.hits]

@@ -24,7 +24,7 @@ from tinyalign.export.report import measure
 from tinyalign.export.target import check_target, exchange, replacing
 from tinyalign.runtime import InputError, TinyAlign
 from tinyalign.runtime.keys import KeyArrays
-from tinyalign.runtime.manifest import MANIFEST_NAME, read_manifest
+from tinyalign.runtime.manifest import MANIFEST_NAME, MemoryMode, read_manifest
 from tinyalign.training.answer import answer
 from tinyalign.training.modules import (
     Compressor,
@@ -38,6 +38,7 @@ from tinyalign.training.parts import Parts
 from tinyalign.training.vision import VisionEncoder
 
 D, DV = 32, 1280
+TEXTS = ("a cup. b.", "bc", "œ is here")
 FLOATS = Precisions("fp32", "fp32", "fp32", "fp32", "fp32")
 
 
@@ -54,14 +55,14 @@ def tiny_parts() -> Parts:
     names = torch.randint(0, len(ids), (1000, shape.name_slots))
     linear = vision.classifier
     connector = Connector(shape, vocabulary, linear.weight, linear.bias, names)
-    memory = MemoryShape(D, DV, latent_width=16, text_latents=4, tokens_per_latent=4)
+    memory = MemoryShape(D, DV, latent_width=16, chunks=4, max_text_tokens=16, hidden=8)
     compressor = Compressor(memory)
-    codes = compressor.codes(embeddings).detach()
-    rag_connector = RagConnector(memory, vocabulary, embeddings, codes)
+    rag_connector = RagConnector(memory, vocabulary, radius=1.0)
     rng = np.random.default_rng(0)
     sizes = ((DV,), (DV, 12), (D,), (D, 4))
     arrays = [rng.normal(size=size).astype(np.float32) for size in sizes]
-    prompt = dataclasses.replace(PROMPT, similarity=(("same", 0.9), ("close", -1.0)))
+    floors = (("same", 0.9), ("close", -1.0))
+    prompt = dataclasses.replace(PROMPT, similarity=floors, copy_bonus=(0.5, 1.0, 4.0))
     for module in (vision, connector, compressor, rag_connector, lm):
         module.eval().requires_grad_(False)
     return Parts(
@@ -86,7 +87,7 @@ def model_path(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model_dir.write_bank(parts, draft / "none", draft / model_dir.BANK_NAME)
         manifest = model_dir.write_manifest(parts, draft, FLOATS, {"a": 1})
         with TinyAlign.load(draft, banks=[]) as model:
-            memories = [model.memory(picture(i), text) for i, text in enumerate(("a", "bc", "œ"))]
+            memories = [model.memory(picture(i), text) for i, text in enumerate(TEXTS)]
         with Bank.open(draft / model_dir.BANK_NAME, manifest.fingerprint) as bank:
             bank.add(memories)
             bank.seal()
@@ -95,13 +96,20 @@ def model_path(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_same_greedy_tokens(parts: Parts, model_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["latent", "text", "both"])
+def test_the_same_greedy_tokens(parts: Parts, model_path: Path, mode: MemoryMode) -> None:
     questions = ("What?", "How many are there, and where?", "é")
     with TinyAlign.load(model_path) as model:
         for seed, question in enumerate(questions):
             for banks in (model.banks, ()):
-                told = model.ask(picture(seed), question, memory=bool(banks), max_tokens=32)
-                expected = answer(parts, banks, picture(seed), question, limit=32)
+                told = model.ask(
+                    picture(seed),
+                    question,
+                    memory=bool(banks),
+                    memory_mode=mode,
+                    max_tokens=32,
+                )
+                expected = answer(parts, banks, picture(seed), question, 32, mode)
                 assert told.token_ids == expected.ids
                 assert told.text == expected.text
                 assert told.prompt_tokens == expected.rows.shape[1]

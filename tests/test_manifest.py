@@ -47,7 +47,8 @@ def test_round_trip(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        ("format", 2, "format 2, newer than 1"),
+        ("format", 3, "format 3, newer than 2"),
+        ("format", 1, "format 1, older than 2: export it again"),
         ("format", "1", "format is not a positive"),
         ("format", True, "format is not a positive"),
         ("format", ..., "format is not a positive"),
@@ -99,7 +100,7 @@ def test_a_wrong_manifest_is_refused(model: Path, keys: str, value: Any, message
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 2}', "[" * 100_000, "\xff"])
 def test_no_manifest_at_all(model: Path, text: str) -> None:
     (model / MANIFEST_NAME).write_text(text, encoding="latin-1")
     with pytest.raises(ModelError):

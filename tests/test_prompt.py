@@ -99,3 +99,11 @@ def test_embed_puts_rows_in_their_places(tok: Tokenizer) -> None:
 def test_similarity_words() -> None:
     words = [similarity_word(tiny_model.PROMPT, score) for score in (1.0, 0.99, 0.7, 0.1, -1.01)]
     assert words == ["same", "same", "close", "similar", None]
+
+
+def test_a_banks_floor_replaces_the_models() -> None:
+    spec = tiny_model.PROMPT
+    assert [similarity_word(spec, score, 0.6) for score in (0.7, 0.6, 0.59)] == ["close"] * 2 + [
+        None
+    ]
+    assert similarity_word(spec, -1.5, floor=-2.0) == "similar"  # below the model's, the last word

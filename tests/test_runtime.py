@@ -15,8 +15,9 @@ from tiny_model import picture
 
 from tinyalign.bank import Bank
 from tinyalign.runtime import BankError, InputError, PictureError, QuestionError, TinyAlign
-from tinyalign.runtime.prompt import build_prompt, embed
+from tinyalign.runtime.prompt import build_prompt, embed, encode_text
 from tinyalign.runtime.sampling import Sampling, pick
+from tinyalign.runtime.teach import create_bank
 from tinyalign.runtime.threads import default_threads
 
 QUESTION = "what is it?"
@@ -223,24 +224,49 @@ def test_more_memories_than_there_are(model: TinyAlign) -> None:
     assert len(model.ask(picture(0), QUESTION).memories) == 2  # the manifest's top_k
 
 
-def test_memories_below_the_floor_are_dropped(
-    model: TinyAlign, monkeypatch: pytest.MonkeyPatch
+def test_below_the_banks_floor_there_is_no_memory(
+    model: TinyAlign, tiny: Path, tmp_path: Path
 ) -> None:
-    from tinyalign.runtime import model as module
-
+    """The floor is stored in the bank: below it the answer is the one without memory."""
     bare = model.ask(picture(0), QUESTION, memory=False)
-    monkeypatch.setattr(module, "similarity_word", lambda *_: None)
-    answer = model.ask(picture(0), QUESTION)
-    assert answer.memories == ()
-    assert answer.text == bare.text
+    path = tmp_path / "mine.sqlite"
+    with create_bank(model, path) as bank:
+        assert bank.score_floor == tiny_model.PROMPT.similarity[-1][1]
+        bank.add([model.memory(picture(0), "a cat")])
+    with TinyAlign.load(tiny, banks=[path]) as taught:
+        found = taught.ask(picture(0), QUESTION)
+        assert [hit.text for hit in found.memories] == ["a cat"]
+        with Bank.open(path) as bank:
+            bank.set_score_floor(found.memories[0].score + 0.001)
+        told = taught.ask(picture(0), QUESTION)
+        assert told.memories == ()
+        assert (told.token_ids, told.prompt_tokens) == (bare.token_ids, bare.prompt_tokens)
+
+
+def test_memory_modes(model: TinyAlign) -> None:
+    """Latents cost a token a chunk, the text its tokens, both the sum."""
+    asked = {
+        mode: model.ask(picture(0), QUESTION, memory_mode=mode, top_k=1)
+        for mode in ("latent", "text", "both", None)
+    }
+    bare = model.ask(picture(0), QUESTION, memory=False).prompt_tokens
+    (hit,) = asked["latent"].memories
+    frame = asked["latent"].prompt_tokens - bare - (len(hit.latents) - 1)
+    text = len(encode_text(model.parts.tokenizer, hit.text))
+    assert asked["text"].prompt_tokens == bare + frame + text
+    assert asked["both"].prompt_tokens == asked["latent"].prompt_tokens + text
+    assert asked[None].token_ids == asked["latent"].token_ids
+    assert len({asked[mode].token_ids for mode in ("latent", "text", "both")}) > 1
+    with pytest.raises(InputError, match="latent, text or both"):
+        model.ask(picture(0), QUESTION, memory_mode="all")  # type: ignore[arg-type]
 
 
 def test_teach_and_ask(model: TinyAlign, tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.sqlite"
     new = model.memory(picture(9), " my cup ", "me", {"room": "kitchen"})
     assert new.text == "my cup"
-    assert len(new.latents) == 3
-    assert len(model.memory(picture(9), "cup").latents) == 2  # the unused latent is left out
+    assert len(new.latents) == 2  # the picture and one chunk; what is not used is left out
+    assert len(model.memory(picture(9), "my cups!").latents) == 3
     with Bank.create(path, tiny_model.FINGERPRINT, 16, tiny_model.LATENT) as bank:
         assert bank.add([new]) == bank.add([model.memory(picture(9), "my cup")]) == [1]
     with TinyAlign.load(tiny, banks=[path, "default"]) as both:

@@ -13,9 +13,13 @@ import tiny_model
 import torch
 from torch import Tensor
 
+from tinyalign.bank import Bank, NewMemory
 from tinyalign.runtime.errors import InputError
-from tinyalign.runtime.prompt import build_prompt, embed, encode_text
+from tinyalign.runtime.manifest import MemoryMode
+from tinyalign.runtime.memory_text import read_memory
+from tinyalign.runtime.prompt import encode_text
 from tinyalign.training import stages
+from tinyalign.training.answer import prompt_rows
 from tinyalign.training.batch import (
     Episode,
     RetrievedMemory,
@@ -23,7 +27,9 @@ from tinyalign.training.batch import (
     answer_loss,
     embed_batch,
     make_batch,
+    text_input,
 )
+from tinyalign.training.default_bank import latents_of
 from tinyalign.training.episodes import UNKNOWN, draw_episode, rows_by_source
 from tinyalign.training.facts import draw_fact
 from tinyalign.training.features import Record
@@ -42,7 +48,7 @@ from tinyalign.training.world import World, make_world
 
 DV, D, CLASSES = 24, tiny_model.D, 5
 CONNECTOR = ConnectorShape(vision_width=DV, width=D, hidden=16, cell_width=4)
-MEMORY = MemoryShape(width=D, vision_width=DV, latent_width=48, text_latents=8, tokens_per_latent=6)
+MEMORY = MemoryShape(D, DV, latent_width=24, chunks=3, max_text_tokens=48, hidden=8)
 RECIPE = Recipe(
     connector=CONNECTOR,
     memory=MEMORY,
@@ -50,8 +56,10 @@ RECIPE = Recipe(
     text_key_width=4,
     turns=2,
     slots=Stage(6, 4, {"connector": 1e-2, "memory_picture": 1e-2}),
-    align=Stage(6, 2, {"connector": 1e-2, "rag_connector": 1e-2}),
-    finetune=Stage(4, 2, {"lora": 1e-2, "connector": 1e-3, "rag_connector": 1e-3}),
+    bags=Stage(4, 3, {"compressor": 1e-2, "rag_connector": 1e-2}),
+    align=Stage(6, 2, {"connector": 1e-2, "rag_connector": 1e-2, "copy": 1e-2}),
+    finetune=Stage(4, 2, {"lora": 1e-2, "connector": 1e-3, "rag_connector": 1e-3, "copy": 1e-2}),
+    settle=Stage(2, 2, {"lora": 1e-2, "connector": 1e-3, "rag_connector": 1e-3, "copy": 1e-2}),
 )
 
 
@@ -67,8 +75,9 @@ def tiny_parts() -> Parts:
     classifier = torch.randn(CLASSES, DV)
     connector = Connector(CONNECTOR, vocabulary, classifier, torch.zeros(CLASSES), names)
     compressor = Compressor(MEMORY)
-    rag = RagConnector(MEMORY, vocabulary, table, compressor.codes(table).detach())
-    torch.nn.init.normal_(rag.text_out.weight, std=0.02)
+    rag = RagConnector(MEMORY, vocabulary, radius=1.0)
+    torch.nn.init.normal_(rag.out.weight, std=0.02)
+    torch.nn.init.constant_(rag.picture_share, 0.2)
     prompt = replace(PROMPT, similarity=(("same", 0.5), ("distant", -1.0)))
     return Parts(None, lm, tokenizer, connector, compressor, rag, prompt, ids, names)  # type: ignore[arg-type]
 
@@ -90,18 +99,18 @@ def world() -> World:
     return make_world(tiny_parts(), np.array(cells, np.float16), records, RECIPE)
 
 
-def episode(turns: int = 1, memories: int = 2) -> Episode:
-    texts = ("a red cup", "Mira's box", "x")
+def episode(turns: int = 1, memories: int = 2, mode: MemoryMode = "latent") -> Episode:
+    texts = ("This is a red cup.", "Mira's box. It is red.", "x")
     shown = tuple(RetrievedMemory(texts[i], 2 + i, "same") for i in range(memories))
     asked = (Turn("What?", "This is a cup."), Turn("Who owns it?", "Mira."), Turn("Why?", UNKNOWN))
-    return Episode(0, shown, asked[:turns])
+    return Episode(0, shown, asked[:turns], mode)
 
 
 def loss_of(world: World, episodes: list[Episode]) -> Tensor:
     """Loss with everything in float32."""
     parts = world.parts
     parts.connector.eval()
-    batch = make_batch(episodes, parts.prompt, parts.tokenizer, MEMORY.max_text_tokens)
+    batch = make_batch(episodes, parts.prompt, parts.tokenizer, MEMORY)
     inputs = embed_batch(
         batch,
         torch.from_numpy(world.cells[batch.image_rows.numpy()].astype(np.float32)),
@@ -111,12 +120,13 @@ def loss_of(world: World, episodes: list[Episode]) -> Tensor:
         parts.compressor,
         parts.rag_connector,
     )
-    return answer_loss(parts.lm, inputs, batch)
+    return answer_loss(parts.lm, inputs, batch, parts.rag_connector.copy_bonus)
 
 
-def test_questions_of_an_episode_do_not_see_each_other(world: World) -> None:
-    together = episode(turns=3)
-    apart = [Episode(0, together.memories, (turn,)) for turn in together.turns]
+@pytest.mark.parametrize("mode", ["latent", "text", "both"])
+def test_questions_of_an_episode_do_not_see_each_other(world: World, mode: MemoryMode) -> None:
+    together = episode(turns=3, mode=mode)
+    apart = [Episode(0, together.memories, (turn,), mode) for turn in together.turns]
     sizes = [len(encode_text(world.parts.tokenizer, t.answer)) + 1 for t in together.turns]
     losses = [loss_of(world, [one]).item() for one in apart]
     expected = np.average(losses, weights=sizes)
@@ -124,7 +134,7 @@ def test_questions_of_an_episode_do_not_see_each_other(world: World) -> None:
 
 
 def test_padding_changes_nothing(world: World) -> None:
-    short, long = episode(1, memories=0), episode(3, memories=3)
+    short, long = episode(1, memories=0), episode(3, memories=3, mode="both")
     alone = [loss_of(world, [short]).item(), loss_of(world, [long]).item()]
     sizes = [
         sum(len(encode_text(world.parts.tokenizer, t.answer)) + 1 for t in e.turns)
@@ -134,35 +144,29 @@ def test_padding_changes_nothing(world: World) -> None:
     assert both == pytest.approx(np.average(alone, weights=sizes), abs=1e-4)
 
 
-def test_training_embeds_the_prompt_that_the_runtime_embeds(world: World) -> None:
-    parts, one = world.parts, episode(1)
+@pytest.mark.parametrize("mode", ["latent", "text", "both"])
+def test_training_embeds_the_prompt_that_the_runtime_embeds(
+    world: World, tmp_path: Path, mode: MemoryMode
+) -> None:
+    parts, one = world.parts, episode(1, mode=mode)
     parts.connector.eval()
-    batch = make_batch([one], parts.prompt, parts.tokenizer, MEMORY.max_text_tokens)
+    batch = make_batch([one], parts.prompt, parts.tokenizer, MEMORY)
     cells = torch.from_numpy(world.cells[:1].astype(np.float32))
-    memory_cells = torch.from_numpy(world.cells[2:4].astype(np.float32))
+    memory_cells = torch.from_numpy(world.cells[batch.memory_rows.numpy()].astype(np.float32))
     trained = embed_batch(
         batch, cells, memory_cells, parts.embeddings,
         parts.connector, parts.compressor, parts.rag_connector,
     )[0].detach()  # fmt: skip
 
-    tokens = torch.zeros(2, MEMORY.max_text_tokens, D)
-    for number, memory in enumerate(one.memories):
-        ids = list(encode_text(parts.tokenizer, memory.text))
-        tokens[number, : len(ids)] = parts.embeddings[ids]
-    latents = parts.compressor(tokens, memory_cells)
-    scale = latents.abs().amax(-1, keepdim=True) / 127  # as the bank stores them
-    latents = (latents / scale.clamp(min=1e-9)).round() * scale
-    memories, keep = parts.rag_connector(latents)
-    image, _ = parts.connector(cells)
-    segments = build_prompt(parts.prompt, parts.tokenizer, "What?", ["same", "same"])
-    served = embed(
-        segments,
-        parts.embeddings.numpy(),
-        image[0].detach().numpy(),
-        [rows[kept].detach().numpy() for rows, kept in zip(memories, keep, strict=True)],
-    )
-    assert torch.from_numpy(served).shape == trained[: len(served)].shape
-    assert np.abs(served - trained[: len(served)].numpy()).max() < 0.05  # int8 of the latents
+    texts = [memory.text for memory in one.memories]
+    keys = np.eye(2, 12, dtype=np.float32)
+    latents = latents_of(world, [memory.row for memory in one.memories], texts)
+    with Bank.create(tmp_path / "b.sqlite", "f", 12, MEMORY.latent_width) as bank:
+        bank.add(map(NewMemory, keys, latents, texts))
+        hits = bank.search((keys[0] + keys[1]) / 2**0.5, 2)
+    served = prompt_rows(parts, cells, "What?", hits, mode)[0]
+    assert served.shape == trained[: len(served)].shape
+    assert (served - trained[: len(served)]).abs().max() < 0.05  # int8 of the latents
     labels = batch.labels[0]
     answer = [
         *encode_text(parts.tokenizer, "This is a cup."),
@@ -172,16 +176,31 @@ def test_training_embeds_the_prompt_that_the_runtime_embeds(world: World) -> Non
     assert (labels[: len(served) - 1] == -100).all()
 
 
-def test_latents_hold_the_exact_text(world: World) -> None:
+def test_copying_a_memory_is_rewarded(world: World) -> None:
+    """The loss falls with the bonus where the answer repeats a memory, and nowhere else."""
+    rag = world.parts.rag_connector
+    losses = {}
+    for memories in (0, 2):  # "This is a red cup." is in the first of two memories
+        for bonus in (0.0, 6.0):
+            torch.nn.init.constant_(rag.copy_bonus, bonus)
+            losses[memories, bonus] = loss_of(world, [episode(1, memories)]).item()
+    assert losses[0, 0.0] == losses[0, 6.0]
+    assert losses[2, 6.0] < losses[2, 0.0] - 0.5
+
+
+def test_a_chunk_reads_as_its_words(world: World, tmp_path: Path) -> None:
+    """After the first stage a chunk's token lies near the tokens of the chunk, of unseen texts."""
+    run = new_run(world, tmp_path)
+    run.recipe = replace(RECIPE, bags=Stage(60, 8, {"compressor": 3e-3, "rag_connector": 3e-3}))
+    stages.train_bags(run)
     parts = world.parts
-    parts.rag_connector.text_out.weight.data.zero_()
-    ids = list(encode_text(parts.tokenizer, "Part number KX-204, owner Zaumle!"))
-    tokens = torch.zeros(1, MEMORY.max_text_tokens, D)
-    tokens[0, : len(ids)] = parts.embeddings[ids]
-    latents = parts.compressor(tokens, torch.rand(1, 10, DV))
-    memory, keep = parts.rag_connector(latents)
-    assert keep.sum() == 1 + len(ids)
-    assert torch.equal(memory[0, 1 : 1 + len(ids)], parts.embeddings[ids])
+    read = read_memory(parts.tokenizer, "zz. kk. www.", 48, MEMORY.chunks)
+    ids, members = text_input([read], MEMORY, 48)
+    unit = torch.nn.functional.normalize(parts.embeddings, dim=-1)
+    latents = parts.compressor.text_latents(unit[ids], members)[0]  # [C, d]
+    near = (parts.rag_connector.text_tokens(latents) @ unit.T).argmax(-1)  # [C]
+    for span, token in zip(read.members, near.tolist(), strict=True):
+        assert token in read.ids[span.start : span.stop]
 
 
 def test_a_picture_never_retrieves_itself_or_another_view(world: World) -> None:
@@ -296,15 +315,20 @@ def test_a_run_is_not_continued_with_another_recipe(world: World, tmp_path: Path
         stages.load_checkpoint(stages.Run(world.parts, world, other, tmp_path, world.parts.lm))
 
 
+@pytest.mark.parametrize("large", [10, 1_000_000])
 def test_saved_parts_load_again(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
 ) -> None:
+    """Bit for bit what `finish` left, whether matrices are stored in fp16 or in int8."""
+    monkeypatch.setattr("tinyalign.training.parts.LARGE", large)
     parts = world.parts
-    parts.round_to_half()
+    parts.finish()
     save_parts(parts, tmp_path)
     blank = tiny_parts()
     torch.nn.init.zeros_(blank.connector.hidden.weight)
-    monkeypatch.setattr("tinyalign.training.parts.build_parts", lambda *_: blank)
+    monkeypatch.setattr(
+        "tinyalign.training.parts.build_parts", lambda *given: replace(blank, prompt=given[2])
+    )
     again = load_parts(tmp_path)
     assert not changed(snapshot(parts.connector), again.connector)
     assert not changed(snapshot(parts.rag_connector), again.rag_connector)

@@ -48,6 +48,7 @@ PROMPT = PromptSpec(
     similarity=(("same", 0.99), ("close", 0.5), ("similar", -1.0)),
     stop=("<|im_end|>", "<|endoftext|>"),
     top_k=2,
+    copy_bonus=(0.5, 1.0),
 )
 FILES = (
     "vision.onnx",
@@ -143,7 +144,7 @@ def write_manifest(directory: Path, vocab: int) -> None:
         vision=VisionSpec(CELLS, DV),
         connector=ConnectorSpec(T),
         compressor=CompressorSpec(N, L, LATENT),
-        rag_connector=RagConnectorSpec(L),
+        rag_connector=RagConnectorSpec(L - 1),
         lm=LmSpec(vocab, D, layers=2, kv_heads=1, head_dim=D // 2, context=CONTEXT),
         precisions={"lm": "fp32"},
         prompt=PROMPT,
@@ -196,37 +197,44 @@ def _connector(rng: np.random.Generator) -> ModelProto:
 
 def _compressor(rng: np.random.Generator) -> ModelProto:
     weights = {
-        "halves": np.array([0, L - 1, N // (L - 1) * D]),
-        "text": rng.normal(size=(N // (L - 1) * D, LATENT)) / 10,
+        "text": rng.normal(size=(D, LATENT)),
         "zero": np.array([0]),
         "one": np.array([1]),
         "axis": np.array([1]),
         "look": rng.normal(size=(DV, LATENT)),
     }
     nodes = [
-        helper.make_node("Reshape", ["token_embeddings", "halves"], ["words"]),
+        helper.make_node("MatMul", ["members", "token_embeddings"], ["words"]),
         helper.make_node("MatMul", ["words", "text"], ["said"]),
         helper.make_node("Slice", ["cells", "zero", "one", "axis"], ["whole"]),
         helper.make_node("MatMul", ["whole", "look"], ["seen"]),
         helper.make_node("Concat", ["seen", "said"], ["latents"], axis=1),
     ]
-    inputs = {"token_embeddings": ["B", N, D], "cells": ["B", CELLS, DV]}
+    inputs = {
+        "token_embeddings": ["B", N, D],
+        "members": ["B", L - 1, N],
+        "cells": ["B", CELLS, DV],
+    }
     return _model(nodes, inputs, {"latents": ["B", L, LATENT]}, weights)
 
 
 def _rag_connector(rng: np.random.Generator) -> ModelProto:
     weights = {
         "weight": rng.normal(size=(LATENT, D)),
+        "first": np.array([1]),
+        "last": np.array([L]),
+        "rows": np.array([1]),
         "axis": np.array([2]),
         "floor": np.array(1e-6),
     }
     nodes = [
-        helper.make_node("MatMul", ["latents", "weight"], ["memory_tokens"]),
-        helper.make_node("Abs", ["latents"], ["size"]),
+        helper.make_node("Slice", ["latents", "first", "last", "rows"], ["text"]),
+        helper.make_node("MatMul", ["text", "weight"], ["memory_tokens"]),
+        helper.make_node("Abs", ["text"], ["size"]),
         helper.make_node("ReduceSum", ["size", "axis"], ["sizes"], keepdims=0),
         helper.make_node("Greater", ["sizes", "floor"], ["keep"]),
     ]
-    outputs = {"memory_tokens": ["K", L, D], "keep": ["K", L]}
+    outputs = {"memory_tokens": ["K", L - 1, D], "keep": ["K", L - 1]}
     return _model(nodes, {"latents": ["K", L, LATENT]}, outputs, weights)
 
 

@@ -3,7 +3,7 @@
     cells = look(parts, picture)
     hits = recall(parts, banks, cells, question)
     rows = prompt_rows(parts, cells, question, hits)
-    ids = continue_greedily(parts.lm, rows, stop_ids(parts), limit)
+    ids = continue_greedily(parts, rows, hits, limit)
 
 Pictures, prompts, keys and bank search are the runtime's own functions; only networks are torch.
 """
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
-from tinyalign.bank import Bank, Hit, search_banks
+from tinyalign.bank import Hit, MemoryBank, search_banks
 from tinyalign.runtime.images import Picture, load_picture, preprocess
 from tinyalign.runtime.keys import make_key, mean_embedding
-from tinyalign.runtime.manifest import ImageSpec
+from tinyalign.runtime.manifest import ImageSpec, MemoryMode, PromptSpec
+from tinyalign.runtime.memory_text import MemoryText, add_copy_bonus, read_memory
 from tinyalign.runtime.prompt import build_prompt, embed, encode_question, similarity_word
 from tinyalign.training.lm import token_table
 from tinyalign.training.parts import Parts
@@ -39,13 +40,18 @@ class TorchAnswer:
 
 @torch.inference_mode()
 def answer(
-    parts: Parts, banks: Sequence[Bank], picture: Picture, question: str, limit: int = 128
+    parts: Parts,
+    banks: Sequence[MemoryBank],
+    picture: Picture,
+    question: str,
+    limit: int = 128,
+    mode: MemoryMode | None = None,
 ) -> TorchAnswer:
     """Answer greedily with at most `limit` tokens; no banks means no memories."""
     cells = look(parts, picture)
     hits = recall(parts, banks, cells, question)
-    rows = prompt_rows(parts, cells, question, hits)
-    ids = continue_greedily(parts.lm, rows, stop_ids(parts), limit)
+    rows = prompt_rows(parts, cells, question, hits, mode)
+    ids = continue_greedily(parts, rows, hits, limit)
     return TorchAnswer(parts.tokenizer.decode(ids), tuple(ids), tuple(hits), rows)
 
 
@@ -58,7 +64,7 @@ def look(parts: Parts, picture: Picture) -> Tensor:
     return cells
 
 
-def recall(parts: Parts, banks: Sequence[Bank], cells: Tensor, question: str) -> list[Hit]:
+def recall(parts: Parts, banks: Sequence[MemoryBank], cells: Tensor, question: str) -> list[Hit]:
     """The memories nearest to a picture [1, C, Dv] and a question, as many as the prompt takes."""
     if not banks:
         return []
@@ -67,26 +73,46 @@ def recall(parts: Parts, banks: Sequence[Bank], cells: Tensor, question: str) ->
     text = mean_embedding(encode_question(parts.tokenizer, question), table)
     key = make_key(cells[0, 0].numpy(), text, parts.keys)
     hits = search_banks(banks, key, parts.prompt.top_k, None)
-    return [hit for hit in hits if similarity_word(parts.prompt, hit.score) is not None]
+    floors = {bank.name: bank.score_floor for bank in banks}
+    prompt = parts.prompt
+    return [h for h in hits if similarity_word(prompt, h.score, floors[h.bank]) is not None]
 
 
 @torch.inference_mode()
-def prompt_rows(parts: Parts, cells: Tensor, question: str, hits: Sequence[Hit]) -> Tensor:
+def prompt_rows(
+    parts: Parts,
+    cells: Tensor,
+    question: str,
+    hits: Sequence[Hit],
+    mode: MemoryMode | None = None,
+) -> Tensor:
     """The language model's input [1, N, D] for a picture [1, C, Dv], a question and memories."""
-    words = [similarity_word(parts.prompt, hit.score) or "" for hit in hits]
+    words = [similarity_word(parts.prompt, hit.score, -1.0) or "" for hit in hits]
     segments = build_prompt(parts.prompt, parts.tokenizer, question, words)
     image = parts.connector(cells)[0][0]  # [T, D]
-    memories = [tokens.numpy() for tokens in memory_tokens(parts, hits)]
+    memories = memory_tokens(parts, hits, mode or parts.prompt.memory_mode)
     rows = embed(segments, parts.embeddings.detach().numpy(), image.numpy(), memories)
     return torch.from_numpy(rows)[None]
 
 
-def memory_tokens(parts: Parts, hits: Sequence[Hit]) -> list[Tensor]:
+def memory_tokens(parts: Parts, hits: Sequence[Hit], mode: MemoryMode) -> list[NDArray[np.float32]]:
     """The tokens [m, D] that each memory becomes."""
-    if not hits:
-        return []
-    tokens, keep = parts.rag_connector(padded_latents(parts, hits))
-    return [rows[kept] for rows, kept in zip(tokens, keep, strict=True)]
+    table = parts.embeddings.detach().numpy()
+    latent = [table[:0]] * len(hits)
+    written = [table[list(text.ids)] for text in memory_texts(parts, hits)]
+    if mode != "text" and hits:
+        tokens, keep = parts.rag_connector(padded_latents(parts, hits))
+        latent = [rows[kept].numpy() for rows, kept in zip(tokens, keep, strict=True)]
+    if mode == "latent":
+        return latent
+    return [np.concatenate(pair) for pair in zip(latent, written, strict=True)]
+
+
+def memory_texts(parts: Parts, hits: Sequence[Hit]) -> list[MemoryText]:
+    """The tokens of every memory's text and their chunks."""
+    shape = parts.compressor.shape
+    longest, chunks = shape.max_text_tokens, shape.chunks
+    return [read_memory(parts.tokenizer, hit.text, longest, chunks) for hit in hits]
 
 
 def padded_latents(parts: Parts, hits: Sequence[Hit]) -> Tensor:
@@ -99,20 +125,28 @@ def padded_latents(parts: Parts, hits: Sequence[Hit]) -> Tensor:
 
 
 @torch.inference_mode()
-def continue_greedily(
-    lm: LlamaForCausalLM, rows: Tensor, stop: frozenset[int], limit: int
-) -> list[int]:
+def continue_greedily(parts: Parts, rows: Tensor, hits: Sequence[Hit], limit: int) -> list[int]:
     """Likeliest tokens after rows [1, N, D], up to a stop token (left out) or `limit` tokens."""
-    table = token_table(lm)
+    lm, table, stop = parts.lm, token_table(parts.lm), stop_ids(parts)
+    sentences = [sentence for text in memory_texts(parts, hits) for sentence in text.to_copy()]
     ids: list[int] = []
     output = lm(inputs_embeds=rows, use_cache=True, logits_to_keep=1)
-    while (token := int(output.logits[0, -1].argmax())) not in stop:
+    while (token := choice(output.logits[0, -1], ids, sentences, parts.prompt)) not in stop:
         ids.append(token)
         if len(ids) == limit:
             break
         step = table[token][None, None]  # [1, 1, D]
         output = lm(inputs_embeds=step, past_key_values=output.past_key_values, use_cache=True)
     return ids
+
+
+def choice(
+    logits: Tensor, answer: Sequence[int], sentences: Sequence[Sequence[int]], prompt: PromptSpec
+) -> int:
+    """The likeliest token for logits [V] after an answer so far, with the bonus for copying."""
+    scores = logits.numpy().copy()
+    add_copy_bonus(scores, answer, sentences, prompt.copy_bonus)
+    return int(scores.argmax())
 
 
 def stop_ids(parts: Parts) -> frozenset[int]:

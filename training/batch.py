@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from tinyalign.runtime.manifest import PromptSpec
+from tinyalign.runtime.manifest import MemoryMode, PromptSpec
+from tinyalign.runtime.memory_text import MemoryText, copies, read_memory
 from tinyalign.runtime.prompt import (
     ImageSegment,
     MemorySegment,
@@ -26,7 +27,7 @@ from tinyalign.runtime.prompt import (
     encode_template,
     encode_text,
 )
-from tinyalign.training.modules import Compressor, Connector, RagConnector
+from tinyalign.training.modules import Compressor, Connector, MemoryShape, RagConnector
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Episode:
     row: int
     memories: tuple[RetrievedMemory, ...]
     turns: tuple[Turn, ...]
+    mode: MemoryMode = "latent"  # as what the language model reads the memories
 
 
 @dataclass
@@ -67,37 +69,50 @@ class Batch:
     image_places: Tensor  # [B * T] flat indices into B * N
     image_rows: Tensor  # [B] rows of the feature cache
     memory_rows: Tensor  # [K] rows of the feature cache, all memories of the batch
-    memory_ids: Tensor  # [K, n] token ids, 0-padded
-    memory_lengths: Tensor  # [K]
-    picture_places: Tensor  # [K] where each memory's picture token goes, flat
-    text_places: Tensor  # [sum of lengths] where each memory's text tokens go, flat
+    memory_ids: Tensor  # [K, N'] token ids, 0-padded
+    members: Tensor  # [K, C, N'] 1 where a token is in a chunk
+    chunk_places: Tensor  # [M] where each chunk's token goes, flat indices into B * N
+    chunk_rows: Tensor  # [M] which chunk it is, flat indices into K * C
+    copies: Copies  # bonuses for copying, see runtime.memory_text
 
 
-def memory_ids(tokenizer: Tokenizer, text: str, longest: int) -> tuple[int, ...]:
-    """Token ids of a memory's text, cut to the compressor's length."""
-    return encode_text(tokenizer, text.strip())[:longest]
+@dataclass
+class Copies:
+    """What an answer that repeats a memory would say next: a bonus on some logits of the rows that
+    have a label (counted in that order)."""
+
+    rows: Tensor  # [S]
+    ids: Tensor  # [S]
+    lengths: Tensor  # [S] tokens that were equal before, less one
 
 
-def text_rows(texts: Sequence[tuple[int, ...]], table: Tensor, longest: int) -> Tensor:
-    """The compressor's text input [n, N, D] of token ids, zero rows behind; N is `longest`."""
-    rows = torch.zeros(len(texts), longest, table.shape[1])
-    for row, ids in zip(rows, texts, strict=True):
-        row[: len(ids)] = table[list(ids)]
-    return rows
+def text_input(
+    texts: Sequence[MemoryText], shape: MemoryShape, longest: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids [n, longest], 0 behind the text, and members [n, C, longest] for the compressor."""
+    ids = torch.zeros(len(texts), longest, dtype=torch.long)
+    members = torch.zeros(len(texts), shape.chunks, longest)
+    for k, text in enumerate(texts):
+        ids[k, : len(text.ids)] = torch.tensor(text.ids)
+        for c, span in enumerate(text.members):
+            members[k, c, span.start : span.stop] = 1
+    return ids, members
 
 
 def make_batch(
-    episodes: Sequence[Episode], spec: PromptSpec, tokenizer: Tokenizer, longest_memory: int
+    episodes: Sequence[Episode], spec: PromptSpec, tokenizer: Tokenizer, shape: MemoryShape
 ) -> Batch:
-    """Tokenize, place and pad. `longest_memory` is the compressor's N."""
+    """Tokenize, place and pad."""
     stop = encode_template(tokenizer, spec.stop[0])
     rows: list[
         tuple[list[int], list[int], list[int], list[int]]
     ] = []  # ids, positions, labels, block
     image: list[list[int]] = []
-    pictures: list[tuple[int, int]] = []  # (episode, place)
-    texts: list[tuple[int, int, tuple[int, ...]]] = []  # (episode, first place, ids)
+    texts: list[MemoryText] = []  # of all memories
+    chunks: list[tuple[int, int, int]] = []  # (episode, place, number of the chunk)
     memory_rows: list[int] = []
+    copied: list[tuple[int, int, int]] = []  # (label, token, length)
+    labelled = 0
     for number, episode in enumerate(episodes):
         ids: list[int] = []
         positions: list[int] = []
@@ -105,6 +120,11 @@ def make_batch(
         block: list[int] = []
         places: list[int] = []
         prefix = 0
+        read = [
+            read_memory(tokenizer, memory.text, shape.max_text_tokens, shape.chunks)
+            for memory in episode.memories
+        ]
+        sentences = [sentence for text in read for sentence in text.to_copy()]
         for turn_number, turn in enumerate(episode.turns):
             words = [memory.similarity for memory in episode.memories]
             segments = build_prompt(spec, tokenizer, turn.question, words)
@@ -118,12 +138,16 @@ def make_batch(
                         places += range(len(ids), len(ids) + segment.stop - segment.start)
                         ids += [0] * (segment.stop - segment.start)
                     elif isinstance(segment, MemorySegment):
-                        memory = episode.memories[segment.index]
-                        text = memory_ids(tokenizer, memory.text, longest_memory)
-                        pictures.append((number, len(ids)))
-                        texts.append((number, len(ids) + 1, text))
-                        memory_rows.append(memory.row)
-                        ids += [0] * (1 + len(text))
+                        text = read[segment.index]
+                        if episode.mode != "text":
+                            first = shape.chunks * len(texts)
+                            for c in range(len(text.chunks)):
+                                chunks.append((number, len(ids) + c, first + c))
+                            ids += [0] * len(text.chunks)
+                            texts.append(text)
+                            memory_rows.append(episode.memories[segment.index].row)
+                        if episode.mode != "latent":
+                            ids += text.ids
                 prefix = len(ids)
                 positions += range(prefix)
                 labels += [-100] * prefix
@@ -134,6 +158,10 @@ def make_batch(
             positions += range(prefix, prefix + len(tail))
             labels += [-100] * (len(last.ids) - 1) + list(answer) + [-100]
             block += [turn_number + 1] * len(tail)
+            for place in range(len(answer)):
+                length, found = copies(answer[:place], sentences, len(spec.copy_bonus))
+                copied += [(labelled + place, token, length - 1) for token in sorted(found)]
+            labelled += len(answer)
         rows.append((ids, positions, labels, block))
         image.append(places)
 
@@ -156,20 +184,19 @@ def make_batch(
         ~seen[:, None], torch.finfo(torch.float).min
     )
 
-    longest = max((len(text) for *_, text in texts), default=1)
-    memory_t = torch.zeros(len(texts), longest, dtype=torch.long)
-    for k, (_, _, text) in enumerate(texts):
-        memory_t[k, : len(text)] = torch.tensor(text)
-    text_places = [e * width + first + i for e, first, text in texts for i in range(len(text))]
+    longest = max((len(text.ids) for text in texts), default=1)
+    memory_ids, members = text_input(texts, shape, longest)
+    labels_of, tokens_of, lengths = torch.tensor(copied, dtype=torch.long).reshape(-1, 3).unbind(1)
     return Batch(
         ids_t, positions_t, mask, labels_t,
         image_places=torch.tensor([e * width + p for e, ps in enumerate(image) for p in ps]),
         image_rows=torch.tensor([episode.row for episode in episodes]),
         memory_rows=torch.tensor(memory_rows, dtype=torch.long),
-        memory_ids=memory_t,
-        memory_lengths=torch.tensor([len(text) for *_, text in texts], dtype=torch.long),
-        picture_places=torch.tensor([e * width + p for e, p in pictures], dtype=torch.long),
-        text_places=torch.tensor(text_places, dtype=torch.long),
+        memory_ids=memory_ids,
+        members=members,
+        chunk_places=torch.tensor([e * width + p for e, p, _ in chunks], dtype=torch.long),
+        chunk_rows=torch.tensor([row for *_, row in chunks], dtype=torch.long),
+        copies=Copies(labels_of, tokens_of, lengths),
     )  # fmt: skip
 
 
@@ -200,21 +227,16 @@ def embed_batch(
         image = image * image_keep[:, None, None]
     flat = flat.index_copy(0, batch.image_places, image.flatten(0, 1))
     if len(batch.memory_rows):
-        shape = rag_connector.shape
-        text = F.embedding(batch.memory_ids, embeddings).float()  # [K, n, D]
-        shares = compressor.codes(text)  # the compressor is frozen by now and its codes are exact
-        tokens = rag_connector.text_tokens(text, shares)
-        used = torch.arange(text.shape[1])[None] < batch.memory_lengths[:, None]  # [K, n]
-        flat = flat.index_copy(0, batch.text_places, tokens[used])
-        empty = text.new_zeros(len(text), shape.max_text_tokens, shape.width)
-        latent = compressor(empty, memory_cells)[:, 0]  # [K, d], the picture's
-        picture, _ = rag_connector.vocabulary(rag_connector.picture_vector(latent))
-        flat = flat.index_copy(0, batch.picture_places, picture)
+        text = F.embedding(batch.memory_ids, embeddings).float()  # [K, N', D]
+        tokens, _ = rag_connector(compressor(text, batch.members, memory_cells))  # [K, C, D]
+        flat = flat.index_copy(0, batch.chunk_places, tokens.flatten(0, 1)[batch.chunk_rows])
     return flat.view(count, width, -1)
 
 
-def answer_loss(lm: LlamaForCausalLM, inputs: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the answer tokens in nats.
+def answer_loss(
+    lm: LlamaForCausalLM, inputs: Tensor, batch: Batch, copy_bonus: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy of the answer tokens in nats; `copy_bonus` [3] is the RAG connector's.
 
     Only the rows that have a label go through the head.
     """
@@ -225,5 +247,8 @@ def answer_loss(lm: LlamaForCausalLM, inputs: Tensor, batch: Batch) -> Tensor:
         use_cache=False,
     ).last_hidden_state
     wanted = batch.labels >= 0
-    logits = lm.lm_head(hidden[wanted])
-    return F.cross_entropy(logits.float(), batch.labels[wanted])
+    logits = lm.lm_head(hidden[wanted]).float()
+    if copy_bonus is not None:
+        places = (batch.copies.rows, batch.copies.ids)
+        logits = logits.index_put(places, copy_bonus[batch.copies.lengths], accumulate=True)
+    return F.cross_entropy(logits, batch.labels[wanted])

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from tinyalign.bank import Bank, NewMemory, content_hash
-from tinyalign.training.batch import memory_ids, text_rows
+from tinyalign.runtime.memory_text import read_memory
+from tinyalign.training.batch import text_input
 from tinyalign.training.features import Record, load_thumbnails
 from tinyalign.training.fingerprint import fingerprint_of
 from tinyalign.training.world import World, cells_of
@@ -26,7 +28,12 @@ def build_bank(world: World, path: Path) -> None:
     thumbnails = load_thumbnails()
     shape = parts.compressor.shape
     with Bank.create(
-        path, fingerprint_of(parts), parts.keys.width, shape.latent_width, "default"
+        path,
+        fingerprint_of(parts),
+        parts.keys.width,
+        shape.latent_width,
+        "default",
+        parts.prompt.similarity[-1][1],
     ) as bank:
         for start in range(0, len(world.bank), CHUNK):
             rows = [int(row) for row in world.bank[start : start + CHUNK]]
@@ -59,12 +66,11 @@ def source_of(record: Record) -> str:
 
 @torch.inference_mode()
 def latents_of(world: World, rows: Sequence[int], texts: Sequence[str]) -> list[np.ndarray]:
-    """Used latents of some memories, each f32 [1 + used text latents, d]."""
+    """Used latents of some memories, each f32 [1 + its chunks, d]."""
     parts = world.parts
     shape = parts.compressor.shape
-    longest = shape.max_text_tokens
-    ids = [memory_ids(parts.tokenizer, text, longest) for text in texts]
-    tokens = text_rows(ids, parts.embeddings.float(), longest)
-    latents = parts.compressor(tokens, cells_of(world, rows)).numpy()
-    used = (1 + -(-len(text) // shape.tokens_per_latent) for text in ids)
-    return [rows[:count] for rows, count in zip(latents, used, strict=True)]
+    read = [read_memory(parts.tokenizer, t, shape.max_text_tokens, shape.chunks) for t in texts]
+    ids, members = text_input(read, shape, shape.max_text_tokens)
+    words = F.embedding(ids, parts.embeddings.float())
+    latents = parts.compressor(words, members, cells_of(world, rows)).numpy()
+    return [rows[: 1 + len(text.chunks)] for rows, text in zip(latents, read, strict=True)]

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
+from tinyalign.runtime.manifest import MemoryMode
 from tinyalign.runtime.prompt import similarity_word
 from tinyalign.training.batch import Episode, RetrievedMemory, Turn
-from tinyalign.training.facts import ATTRIBUTES, Fact, draw_fact, invented_name
+from tinyalign.training.facts import ATTRIBUTES, Fact, draw_attribute, draw_fact, invented_name
 from tinyalign.training.features import Record
 from tinyalign.training.questions import noun_phrase, questions_of, sentence
 from tinyalign.training.recipe import Recipe
@@ -70,7 +71,7 @@ def draw_episode(world: World, rows: dict[str, list[int]], recipe: Recipe, rng: 
     else:
         row = draw_row(rows, rng)
         turns = visual_turns(world.records[row], recipe.turns, rng)
-        if rng.random() < 0.3:
+        if rng.random() < mix.unknown:
             turns = (*turns[: recipe.turns - 1], Turn(draw_fact(rng).ask, UNKNOWN))
         if chance < mix.taught + mix.neighbours:
             memories = neighbours(world, row, turns[0].question, recipe)
@@ -83,7 +84,9 @@ def draw_episode(world: World, rows: dict[str, list[int]], recipe: Recipe, rng: 
         shuffled = list(episode.memories)
         rng.shuffle(shuffled)
         episode = replace(episode, memories=tuple(shuffled))
-    return episode
+    modes: tuple[MemoryMode, ...] = ("text", "both", "latent")
+    shares = (mix.text, mix.both, 1 - mix.text - mix.both)
+    return replace(episode, mode=rng.choices(modes, shares)[0])
 
 
 def aligned_episode(
@@ -192,7 +195,7 @@ def taught_episode(
     record = world.records[row]
     others = [other for other in world.views[record.id] if other != row]
     taught = draw_taught(world, record, rng)
-    turns = taught_turns(record, taught, recipe.turns, rng)
+    turns = taught_turns(record, taught, recipe, rng)
     query = world.key(row, turns[0].question)
     taught_score = float(query @ world.key(rng.choice(others) if others else row, taught.text))
     ranked = [(place, score, "") for place, score in world.retrieve(row, turns[0].question, 3)]
@@ -228,14 +231,19 @@ def rival(world: World, place: int, taught: Taught, rng: Random) -> str:
     return draw_taught(world, world.records[world.bank[place]], rng, attributes).text
 
 
-def taught_turns(record: Record, taught: Taught, count: int, rng: Random) -> tuple[Turn, ...]:
+def taught_turns(
+    record: Record, taught: Taught, recipe: Recipe, rng: Random
+) -> tuple[Turn, ...]:
     """Questions whose answers stand in the taught text, one that no memory answers, one on
     looks."""
+    count = recipe.turns
     turns = [Turn(rng.choice(NAME_QUESTIONS), sentence(taught.name))]
     turns += [Turn(fact.ask, fact.answer) for fact in taught.facts[: count - 1]]
     known = {fact.attribute for fact in taught.facts}
-    if rng.random() < 0.45:
-        missing = rng.choice([a for a in ATTRIBUTES if a.name not in known])
+    if rng.random() < recipe.mix.missing:
+        missing = draw_attribute(rng)
+        while missing.name in known:
+            missing = draw_attribute(rng)
         turns.append(Turn(rng.choice(missing.asks), UNKNOWN))
     if rng.random() < 0.15:
         answer = f"Yes, this is {noun_phrase(taught.name)}."

@@ -266,6 +266,18 @@ ATTRIBUTES = (
     ),
 )
 
+# Nouns for facts of any kind: "Its serial number is KX-204." They teach reading what the question
+# asks for, where the kinds above can be learned by heart.
+NOUNS = phrases("""
+    serial number, password, phone number, contact, priority, status, temperature, version, size,
+    length, height, capacity, partner, teacher, captain, driver, neighbour, inventor, designer,
+    painter, cousin, batch number, order number, locker, lane, gate, floor, channel, frequency,
+    pressure, speed limit, score, rank, code word, label, team, class teacher, port, destination,
+    origin, inspector, operator, deputy, patron, sponsor, landlord, tenant, dentist, coach, rival,
+    favourite food, birthday, star sign, blood group, middle name, shelf life, warranty, deadline
+""")
+NOUN_SHARE = 0.3
+
 # Kinds of fact that training never sees: what is measured on them is reading, not recognising.
 UNSEEN_ATTRIBUTES = (
     Attribute(
@@ -331,9 +343,26 @@ class Fact:
     answer: str
 
 
+def draw_attribute(rng: Random) -> Attribute:
+    """One of the kinds with wordings of their own, or a noun in general wordings."""
+    if rng.random() >= NOUN_SHARE:
+        return rng.choice(ATTRIBUTES)
+    noun = rng.choice(NOUNS)
+    make = rng.choice(["name", "name", "code", "number", ""])
+    values = tuple(rng.choice([TOWNS, COMPANIES, MATERIALS, MONTHS, DAYS])) if not make else ()
+    return Attribute(
+        noun,
+        (f"Its {noun} is {{v}}.", f"The {noun} is {{v}}.", f"{noun.capitalize()}: {{v}}."),
+        (f"What is its {noun}?", f"What is the {noun}?", f"Tell me its {noun}."),
+        (f"Its {noun} is {{v}}.",),
+        values,
+        make,
+    )
+
+
 def draw_fact(rng: Random, attribute: Attribute | None = None) -> Fact:
     """Draw an attribute (unless given), a value and the three wordings."""
-    attribute = attribute or rng.choice(ATTRIBUTES)
+    attribute = attribute or draw_attribute(rng)
     value = attribute.value(rng)
     return Fact(
         attribute.name,

@@ -1,8 +1,8 @@
 """The trained parts of TinyAlign as torch modules: connector, compressor and RAG connector.
 
     cells [B, C, Dv]  --Connector-->     image tokens  [B, T, D]
-    (token embeddings [B, N, D], cells)  --Compressor-->  latents [B, L, d]
-    latents [K, L, d] --RagConnector-->  memory tokens [K, M, D]
+    (token embeddings [B, N, D], chunks [B, C, N], cells)  --Compressor-->  latents [B, L, d]
+    latents [K, L, d] --RagConnector-->  memory tokens [K, C, D]
 
 Both connectors speak in *soft-vocabulary tokens*: what enters the language model (LM) is a mixture
 of the LM's own token embeddings, so a frozen LM can read it at once and a person can read it as
@@ -134,115 +134,100 @@ class Connector(nn.Module):
 
 @dataclass(frozen=True)
 class MemoryShape:
-    """Sizes of a memory's latents: one for the picture, the others for the text."""
+    """Sizes of a memory's latents: one for the picture, one for each chunk of the text."""
 
     width: int = 576  # D, the LM's
     vision_width: int = 1280  # Dv
-    latent_width: int = 64  # d
-    text_latents: int = 6
-    tokens_per_latent: int = 8
+    latent_width: int = 192  # d
+    chunks: int = 4  # C, as many LM tokens does a memory become
+    max_text_tokens: int = 48  # N, the longest text that fits
+    hidden: int = 64  # of the MLP that weighs a chunk's tokens
 
     @property
     def latents(self) -> int:
         """L."""
-        return 1 + self.text_latents
-
-    @property
-    def max_text_tokens(self) -> int:
-        """N, the longest text that fits, in LM tokens."""
-        return self.text_latents * self.tokens_per_latent
-
-    @property
-    def code_width(self) -> int:
-        """Width of one text token's share of a latent."""
-        return self.latent_width // self.tokens_per_latent
-
-    @property
-    def memory_tokens(self) -> int:
-        """M, LM tokens one memory can become: one for the picture, one for each text token."""
-        return 1 + self.max_text_tokens
+        return 1 + self.chunks
 
 
 class Compressor(nn.Module):
-    """(token embeddings, cells) -> latents: a resampler with fixed routing.
+    """(token embeddings, chunks, cells) -> latents: a resampler with fixed routing.
 
-    Latent 0 reads the picture. Latent 1 + i reads text tokens 8i .. 8i+7, each through the same
-    small projection to the unit sphere, so that the RAG connector can find the very token again
-    among the whole vocabulary. (A free Perceiver learned nothing in the time that this takes; see
-    docs.)
+    Latent 0 reads the picture. Latent 1 + c reads the text tokens of chunk c: their embeddings,
+    each with a learned weight, are pooled and projected. (A free Perceiver learned nothing in the
+    time that this takes.)
     """
 
     def __init__(self, shape: MemoryShape) -> None:
         super().__init__()
         self.shape = shape
         self.picture = nn.Linear(shape.vision_width, shape.latent_width)
-        self.code = nn.Linear(shape.width, shape.code_width)
-
-    def codes(self, embeddings: Tensor) -> Tensor:
-        """[.., D] -> unit vectors [.., c]."""
-        return F.normalize(self.code(embeddings), dim=-1)
-
-    def forward(self, token_embeddings: Tensor, cells: Tensor) -> Tensor:
-        """token embeddings [B, N, D] (zero rows are padding), cells [B, C, Dv] -> latents [B, L,
-        d]."""
-        shape = self.shape
-        used = (token_embeddings.abs().sum(-1, keepdim=True) > 0).float()  # [B, N, 1]
-        codes = self.codes(token_embeddings) * used  # [B, N, c]
-        text = codes.reshape(-1, shape.text_latents, shape.latent_width)
-        picture = F.normalize(
-            self.picture(F.layer_norm(cells[:, 0], (shape.vision_width,))), dim=-1
+        self.weigh = nn.Sequential(
+            nn.Linear(shape.width, shape.hidden), nn.GELU(), nn.Linear(shape.hidden, 1)
         )
-        return torch.cat([picture[:, None], text], dim=1)
+        self.project = nn.Linear(shape.width, shape.latent_width, bias=False)
+
+    def picture_latent(self, cells: Tensor) -> Tensor:
+        """cells [B, C, Dv] -> unit vectors [B, d]."""
+        pooled = F.layer_norm(cells[:, 0], (self.shape.vision_width,))
+        return F.normalize(self.picture(pooled), dim=-1)
+
+    def text_latents(self, token_embeddings: Tensor, members: Tensor) -> Tensor:
+        """token embeddings [B, N, D], members [B, C, N] (1 where a token is in a chunk) -> unit
+        vectors [B, C, d], zeros for empty chunks."""
+        unit = F.normalize(token_embeddings, dim=-1)
+        weights = self.weigh(unit * self.shape.width**0.5).squeeze(-1).exp()  # [B, N]
+        weights = weights[:, None] * members  # [B, C, N]
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+        return F.normalize(self.project(weights @ unit), dim=-1, eps=1e-6)
+
+    def forward(self, token_embeddings: Tensor, members: Tensor, cells: Tensor) -> Tensor:
+        """token embeddings [B, N, D], members [B, C, N], cells [B, cells, Dv] -> [B, L, d]."""
+        text = self.text_latents(token_embeddings, members)
+        return torch.cat([self.picture_latent(cells)[:, None], text], dim=1)
 
 
 class RagConnector(nn.Module):
     """Latents to memory tokens (the paper's RAG connector, an MLP d -> D -> D with GELU).
 
-    Every text share of a latent is looked up among the codes of the whole vocabulary; the found
-    token's embedding is the base of the memory token and the MLP adds what training finds useful.
-    The picture latent goes through an MLP of its own into a soft-vocabulary token.
+    A chunk's latent becomes one LM token: a linear map back into the space of token embeddings,
+    and the MLP, which starts at zero, on top. The picture latent goes through an MLP of its own
+    into a soft-vocabulary token, of which a learned share is added to the first chunk's token.
 
     Args:
         shape: sizes.
         vocabulary: soft vocabulary of the picture token.
-        embeddings: the LM's token embeddings [V, D], frozen.
-        codes: the compressor's codes of all of them [V, c], frozen once the compressor is.
+        radius: length of a memory token, that of a usual token embedding.
     """
 
-    embeddings: Tensor
-    code_table: Tensor
-
-    def __init__(
-        self, shape: MemoryShape, vocabulary: SoftVocabulary, embeddings: Tensor, codes: Tensor
-    ) -> None:
+    def __init__(self, shape: MemoryShape, vocabulary: SoftVocabulary, radius: float) -> None:
         super().__init__()
         self.shape = shape
         self.vocabulary = vocabulary
-        self.register_buffer("embeddings", embeddings, persistent=False)
-        self.register_buffer("code_table", codes.float(), persistent=False)
-        self.text_hidden = nn.Linear(shape.code_width, shape.width)
-        self.text_out = nn.Linear(shape.width, shape.width)
-        nn.init.zeros_(self.text_out.weight)
-        nn.init.zeros_(self.text_out.bias)
+        self.radius = nn.Parameter(torch.tensor(float(radius)))
+        self.lift = nn.Linear(shape.latent_width, shape.width)
+        self.hidden = nn.Linear(shape.latent_width, shape.width)
+        self.out = nn.Linear(shape.width, shape.width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
         self.picture_hidden = nn.Linear(shape.latent_width, shape.width)
         self.picture_out = nn.Linear(shape.width, shape.width)
+        self.picture_share = nn.Parameter(torch.zeros(()))
+        # Bonus for the next token of a copied sentence after 1, 2, 3 or more equal tokens.
+        self.copy_bonus = nn.Parameter(torch.tensor([1.5, 3.0, 4.5]))
 
     def picture_vector(self, latent: Tensor) -> Tensor:
         """[K, d] -> [K, D], before the soft vocabulary."""
         return self.picture_out(F.gelu(self.picture_hidden(latent)))
 
-    def text_tokens(self, embeddings: Tensor, shares: Tensor) -> Tensor:
-        """The found tokens' embeddings [.., D] and their shares [.., c] -> memory tokens [..,
-        D]."""
-        return embeddings + self.text_out(F.gelu(self.text_hidden(shares)))
+    def text_tokens(self, latents: Tensor) -> Tensor:
+        """[.., d] -> [.., D]."""
+        vectors = self.lift(latents) + self.out(F.gelu(self.hidden(latents)))
+        return self.radius * F.normalize(vectors, dim=-1)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """latents [K, L, d] -> memory tokens [K, M, D], keep [K, M] (False: padding, drop it)."""
-        shape = self.shape
-        shares = latents[:, 1:].reshape(-1, shape.max_text_tokens, shape.code_width)  # [K, N, c]
-        used = shares.abs().sum(-1) > 0.5  # [K, N]; a used share is a unit vector
-        ids = (shares @ self.code_table.T).argmax(dim=-1)  # [K, N]
-        text = self.text_tokens(self.embeddings[ids].float(), shares)
+        """latents [K, L, d] -> memory tokens [K, C, D], keep [K, C] (False: padding, drop it)."""
+        tokens = self.text_tokens(latents[:, 1:])  # [K, C, D]
         picture, _ = self.vocabulary(self.picture_vector(latents[:, :1]))  # [K, 1, D]
-        keep = torch.cat([torch.ones_like(used[:, :1]), used], dim=1)
-        return torch.cat([picture, text], dim=1), keep
+        first = tokens[:, :1] + self.picture_share * picture
+        keep = latents[:, 1:].abs().sum(-1) > 0.5  # [K, C]; a used latent is a unit vector
+        return torch.cat([first, tokens[:, 1:]], dim=1), keep

@@ -47,6 +47,7 @@ from tinyalign.training.vision import VisionEncoder, load_vision
 from tinyalign.training.vocabulary import COLOURS, NUMBERS, PLACES, name_ids, soft_vocabulary
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights"
+LARGE = 1_000_000  # numbers of a matrix that is stored in int8
 
 
 @dataclass
@@ -69,18 +70,13 @@ class Parts:
         """The LM's token embeddings [V, D], frozen."""
         return token_table(self.lm)
 
-    def round_to_half(self) -> None:
-        """Round what was trained through fp16, as it is saved, so that every later use sees the
-        same."""
+    def finish(self) -> None:
+        """Round what was trained as it is saved, so that every later use sees the same, and put the
+        learned copy bonus into the prompt's description, where it is used."""
         for module in (self.connector, self.compressor, self.rag_connector):
-            for parameter in module.parameters():
-                parameter.data = parameter.data.half().float()
-        self.refresh_codes()
-
-    def refresh_codes(self) -> None:
-        """Let the RAG connector know the compressor's codes of the whole vocabulary."""
-        with torch.no_grad():
-            self.rag_connector.code_table = self.compressor.codes(self.embeddings.float())
+            module.load_state_dict(unpacked(packed(module)))
+        bonus = tuple(round(value, 3) for value in self.rag_connector.copy_bonus.tolist())
+        self.prompt = dataclasses.replace(self.prompt, copy_bonus=bonus)
 
 
 def new_parts(
@@ -120,9 +116,8 @@ def build_parts(
         connector_shape, vocabulary, vision.classifier.weight, vision.classifier.bias, class_names
     )
     compressor = Compressor(memory_shape)
-    with torch.no_grad():
-        codes = compressor.codes(embeddings)
-    rag_connector = RagConnector(memory_shape, vocabulary, embeddings, codes)
+    radius = embeddings.float().norm(dim=-1).mean().item()
+    rag_connector = RagConnector(memory_shape, vocabulary, radius)
     return Parts(
         vision, lm, load_tokenizer(gguf), connector, compressor, rag_connector, prompt,
         vocabulary_ids, class_names,
@@ -130,12 +125,12 @@ def build_parts(
 
 
 def save_parts(parts: Parts, directory: Path) -> None:
-    """Write the trained parts (not the LM's LoRA, which peft writes) as fp16 safetensors."""
+    """Write the trained parts (not the LM's LoRA, which peft writes) as small safetensors."""
     directory.mkdir(parents=True, exist_ok=True)
     names = {"vocabulary_ids": parts.vocabulary_ids.int(), "class_names": parts.class_names.int()}
-    save_file(half(parts.connector) | names, directory / "connector.safetensors")
-    save_file(half(parts.compressor), directory / "compressor.safetensors")
-    save_file(half(parts.rag_connector), directory / "rag_connector.safetensors")
+    save_file(packed(parts.connector) | names, directory / "connector.safetensors")
+    save_file(packed(parts.compressor), directory / "compressor.safetensors")
+    save_file(packed(parts.rag_connector), directory / "rag_connector.safetensors")
     if parts.keys is not None:
         save_key_arrays(directory / "key.npz", parts.keys)
     description = {
@@ -146,9 +141,27 @@ def save_parts(parts: Parts, directory: Path) -> None:
     (directory / "recipe.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
-def half(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A module's parameters in fp16."""
-    return {name: value.half().contiguous() for name, value in module.state_dict().items()}
+def packed(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A module's parameters in fp16; a matrix of a million numbers or more in int8, with an fp16
+    scale for each row under the name "... scale"."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in module.state_dict().items():
+        if value.ndim == 2 and value.numel() >= LARGE:
+            scale = (value.abs().amax(1, keepdim=True) / 127).clamp(min=1e-6).half()
+            steps = (value / scale.float()).round().clamp(-127, 127)
+            tensors |= {name: steps.to(torch.int8), f"{name} scale": scale}
+        else:
+            tensors[name] = value.half().contiguous()
+    return tensors
+
+
+def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters f32 that `packed` has stored."""
+    return {
+        name: value.float() * tensors.get(f"{name} scale", torch.ones(())).float()
+        for name, value in tensors.items()
+        if not name.endswith(" scale")
+    }
 
 
 def load_parts(directory: Path = DEFAULT_WEIGHTS, merge_lora: bool = True) -> Parts:
@@ -168,10 +181,9 @@ def load_parts(directory: Path = DEFAULT_WEIGHTS, merge_lora: bool = True) -> Pa
         saved.pop("vocabulary_ids").long(),
         saved.pop("class_names").long(),
     )
-    parts.connector.load_state_dict(saved)
-    parts.compressor.load_state_dict(load_file(directory / "compressor.safetensors"))
-    parts.rag_connector.load_state_dict(load_file(directory / "rag_connector.safetensors"))
-    parts.refresh_codes()
+    parts.connector.load_state_dict(unpacked(saved))
+    for name, module in (("compressor", parts.compressor), ("rag_connector", parts.rag_connector)):
+        module.load_state_dict(unpacked(load_file(directory / f"{name}.safetensors")))
     if (directory / "key.npz").exists():
         parts.keys = load_key_arrays(directory / "key.npz")
     if merge_lora and (directory / "lora").exists():

@@ -58,15 +58,15 @@ def train(recipe: Recipe, directory: Path, until: str) -> None:
     parts = world.parts
     run = stages.Run(parts, world, recipe, directory, stages.for_training(parts.lm))
     stages.load_checkpoint(run)
-    stages.train_codes(run)
+    stages.train_bags(run)
     stages.train_slots(run)
-    stages.train_reconstruct(run)
     if until >= "1":
         stages.train_align(run)
     if until >= "2":
         stages.with_lora(run)
         stages.train_finetune(run)
-    parts.round_to_half()
+        stages.train_settle(run)
+    parts.finish()
     weights = directory / "weights"
     shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run
     save_parts(parts, weights)

@@ -51,6 +51,10 @@ class Mix:
     neighbours: float = 0.35  # only other pictures
     misleading: float = 0.10  # memories of unrelated pictures
     shuffled: float = 0.25  # of all: memories not in the order of their scores
+    text: float = 0.2  # of all: memories as their whole text
+    both: float = 0.1  # of all: latents and text; the rest latents only
+    missing: float = 0.45  # of what was taught: a fact that nobody told is asked for as well
+    unknown: float = 0.3  # of all others: likewise
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,24 @@ class Recipe:
     image_key_width: int = 192
     text_key_width: int = 64
     mix: Mix = field(default_factory=Mix)
+    settle_mix: Mix = field(
+        default_factory=lambda: Mix(text=0.7, both=0.15, missing=0.6, unknown=0.4)
+    )
     lora_rank: int = 16
     lora_alpha: int = 32
     turns: int = 3  # questions an episode asks; they share the picture and the memories
-    codes: Stage = Stage(150, 256, {"compressor": 3e-3})
+    bags: Stage = Stage(300, 24, {"compressor": 2e-3, "rag_connector": 2e-3})
     slots: Stage = Stage(700, 128, {"connector": 1.5e-3, "memory_picture": 1.5e-3})
-    reconstruct: Stage = Stage(20, 16, {"rag_connector": 1e-4})
-    align: Stage = Stage(50, 8, {"connector": 1e-4, "rag_connector": 2e-4})
+    align: Stage = Stage(50, 8, {"connector": 1e-4, "rag_connector": 2e-4, "copy": 2e-2})
     finetune: Stage = Stage(
-        500, 8, {"lora": 8e-4, "connector": 5e-5, "rag_connector": 1e-4}, warmup=20
+        500,
+        8,
+        {"lora": 8e-4, "connector": 5e-5, "rag_connector": 1e-4, "copy": 1e-2},
+        warmup=20,
+    )
+    settle: Stage = Stage(
+        200,
+        8,
+        {"lora": 4e-4, "connector": 3e-5, "rag_connector": 1e-4, "copy": 5e-3},
+        warmup=20,
     )

@@ -1,11 +1,11 @@
 """The training stages, each a plain loop over steps that are the same however often it is
 interrupted.
 
-    0  codes        compressor: tell all tokens of the vocabulary apart by a short code
+    0  bags         compressor and RAG connector: a chunk's token tells which words are in the chunk
        slots        connector: every image token names its part (name, kind, colour, number, place)
-       reconstruct  RAG connector: the frozen LM repeats a memory's text from its latents
     1  align        connector and RAG connector with retrieved memories, frozen LM
     2  finetune     LoRA on the LM with mixed episodes (TinyAlign, arXiv 2505.12884, section 3.3)
+       settle       the same, mostly with memories as text
 
 What a step sees depends on (seed, stage, step) only, so a resumed run equals an uninterrupted one.
 """
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -31,21 +31,15 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from tinyalign.bank.errors import InputError
-from tinyalign.runtime.prompt import encode_template
-from tinyalign.training.batch import (
-    Batch,
-    Episode,
-    answer_loss,
-    embed_batch,
-    make_batch,
-    memory_ids,
-    text_rows,
-)
-from tinyalign.training.episodes import aligned_episode, draw_episode, rows_by_source
+from tinyalign.runtime.memory_text import read_memory
+from tinyalign.runtime.prompt import encode_text
+from tinyalign.training.batch import Episode, answer_loss, embed_batch, make_batch, text_input
+from tinyalign.training.episodes import aligned_episode, draw_episode, draw_taught, rows_by_source
 from tinyalign.training.features import Record
 from tinyalign.training.lm import token_table
+from tinyalign.training.modules import COSINE_SCALE
 from tinyalign.training.parts import Parts
-from tinyalign.training.recipe import Recipe, Stage
+from tinyalign.training.recipe import Mix, Recipe, Stage
 from tinyalign.training.vocabulary import COLOURS, NUMBERS, PLACES, name_ids, word_id
 from tinyalign.training.world import World, cells_of
 
@@ -140,22 +134,71 @@ def all_parameters(run: Run) -> Iterator[nn.Parameter]:
 # ------------------------------------------------------------------ stage 0
 
 
-def train_codes(run: Run) -> None:
-    """Compressor: codes of the vocabulary far enough apart that each token finds itself among
-    all."""
-    stage = run.recipe.codes
-    compressor, table = run.parts.compressor, run.parts.embeddings.detach().float()
+def train_bags(run: Run) -> None:
+    """Compressor and RAG connector: each chunk's token is nearest to the words of its chunk.
+
+    The language model's head is its table of token embeddings, so a token that is near a word's
+    embedding lets the frozen model say that word. Rare words count more. No language model here.
+    """
+    stage, parts, world = run.recipe.bags, run.parts, run.world
+    shape, table = parts.compressor.shape, parts.embeddings.detach().float()
+    unit = F.normalize(table, dim=-1)
+    start_near_identity(parts, table)
+    rarity = word_rarity(parts, world, run.recipe.seed)  # [V]
 
     def loss_of(step: int) -> Tensor:
-        ids = torch.randint(0, len(table), (stage.batch,))
-        codes = compressor.codes(table)  # [V, c]
-        asked = compressor.codes(table[ids])
-        asked = asked + 0.02 * torch.randn_like(asked)  # the bank stores int8
-        return F.cross_entropy(100 * asked @ codes.T, ids)
+        rng = Random(f"{run.recipe.seed}/bags/{step}")
+        texts = [told_text(world, rng) for _ in range(stage.batch)]
+        read = [
+            read_memory(parts.tokenizer, text, shape.max_text_tokens, shape.chunks)
+            for text in texts
+        ]
+        ids, members = text_input(read, shape, shape.max_text_tokens)
+        latents = parts.compressor.text_latents(F.embedding(ids, table), members)  # [B, C, d]
+        latents = latents + 0.01 * torch.randn_like(latents)  # the bank stores int8
+        used = members.any(-1)  # [B, C]
+        tokens = parts.rag_connector.text_tokens(latents[used])  # [M, D]
+        logs = (COSINE_SCALE * F.normalize(tokens, dim=-1) @ unit.T).log_softmax(-1)  # [M, V]
+        weights = (members * rarity[ids][:, None])[used]  # [M, N]
+        said = logs.gather(1, ids[:, None].expand(-1, shape.chunks, -1)[used])  # [M, N]
+        return -((weights * said).sum(-1) / weights.sum(-1).clamp(min=1e-6)).mean()
 
-    groups = {"compressor": list(compressor.code.parameters())}
-    train_stage(run, "codes", stage, groups, loss_of)
-    run.parts.refresh_codes()
+    groups = {
+        "compressor": [
+            *parts.compressor.weigh.parameters(),
+            *parts.compressor.project.parameters(),
+        ],
+        "rag_connector": text_parameters(parts),
+    }
+    train_stage(run, "bags", stage, groups, loss_of)
+
+
+def start_near_identity(parts: Parts, table: Tensor) -> None:
+    """Projection and lift as the principal axes of the embeddings [V, D] and their inverse."""
+    unit = F.normalize(table, dim=-1)
+    _, axes = torch.linalg.eigh(unit.T @ unit)
+    main = axes[:, -parts.compressor.shape.latent_width :].T.contiguous()  # [d, D]
+    with torch.no_grad():
+        parts.compressor.project.weight.copy_(main)
+        parts.rag_connector.lift.weight.copy_(main.T)
+        parts.rag_connector.lift.bias.zero_()
+
+
+def word_rarity(parts: Parts, world: World, seed: int, sample: int = 3000) -> Tensor:
+    """How much a token counts [V]: 1 for those in no sampled text, near 0 for those in all."""
+    rng = Random(f"{seed}/rarity")
+    counts = torch.zeros(len(parts.embeddings))
+    for _ in range(sample):
+        counts[list(set(encode_text(parts.tokenizer, told_text(world, rng))))] += 1
+    return (-torch.log((counts + 1) / (sample + 1)) / math.log(sample + 1)).clamp(min=0.02)
+
+
+def told_text(world: World, rng: Random) -> str:
+    """The text of a memory: half of the time of the bank, else with invented names and facts."""
+    place = rng.randrange(len(world.bank))
+    if rng.random() < 0.5:
+        return world.bank_texts[place]
+    return draw_taught(world, world.records[world.bank[place]], rng).text
 
 
 def slot_targets(parts: Parts, records: list[Record]) -> Tensor:
@@ -207,10 +250,7 @@ def train_slots(run: Run) -> None:
         vectors = parts.connector.slot_vectors(cells)
         logits = parts.connector.vocabulary.logits(vectors)
         loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100)
-        empty = cells.new_zeros(
-            len(picked), parts.compressor.shape.max_text_tokens, parts.compressor.shape.width
-        )
-        latent = parts.compressor(empty, cells)[:, 0]
+        latent = parts.compressor.picture_latent(cells)
         picture = parts.rag_connector.vocabulary.logits(parts.rag_connector.picture_vector(latent))
         return loss + 0.3 * F.cross_entropy(picture, wanted[:, head], ignore_index=-100)
 
@@ -238,48 +278,6 @@ def slot_shares(sources: list[str]) -> list[float]:
     return [shares[source] for source in sources]
 
 
-def train_reconstruct(run: Run) -> None:
-    """RAG connector: the frozen LM repeats a memory's text from its latents' tokens."""
-    stage, parts, world = run.recipe.reconstruct, run.parts, run.world
-    before = encode_template(parts.tokenizer, "<|im_start|>user\nMemory:")
-    after = encode_template(
-        parts.tokenizer, "\nRepeat the memory.<|im_end|>\n<|im_start|>assistant\n"
-    )
-    stop = encode_template(parts.tokenizer, parts.prompt.stop[0])
-
-    def loss_of(step: int) -> Tensor:
-        rng = Random(f"{run.recipe.seed}/reconstruct/{step}")
-        places = [rng.randrange(len(world.bank)) for _ in range(stage.batch)]
-        longest = parts.compressor.shape.max_text_tokens
-        texts = [memory_ids(parts.tokenizer, world.bank_texts[place], longest) for place in places]
-        table = parts.embeddings.detach().float()
-        tokens = text_rows(texts, table, longest)
-        latents = parts.compressor(tokens, cells_of(world, [int(world.bank[p]) for p in places]))
-        memory, keep = parts.rag_connector(latents)  # [K, M, D], [K, M]
-        sequences, labels = [], []
-        for number, ids in enumerate(texts):
-            answer = (*ids, *stop)
-            tail = table[[*after, *answer]]
-            rows = [table[list(before)], memory[number][keep[number]], tail]
-            sequences.append(torch.cat(rows))
-            shown = len(sequences[-1]) - len(answer) - 1
-            labels.append([-100] * shown + list(answer) + [-100])
-        width = max(map(len, sequences))
-        inputs = torch.stack([F.pad(s, (0, 0, 0, width - len(s))) for s in sequences])
-        wanted = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
-        causal = torch.full((width, width), torch.finfo(torch.float).min).triu(1)
-        none = torch.zeros(0, dtype=torch.long)
-        batch = Batch(
-            none, torch.arange(width).expand(len(texts), -1), causal.expand(len(texts), 1, -1, -1),
-            wanted, none, none, none, none, none, none, none,
-        )  # fmt: skip
-        with lm_arithmetic():
-            return answer_loss(base_of(run.lm), inputs, batch)
-
-    groups = {"rag_connector": rag_parameters(parts)}
-    train_stage(run, "reconstruct", stage, groups, loss_of)
-
-
 # ------------------------------------------------------------------ stages 1 and 2
 
 
@@ -288,6 +286,7 @@ def train_align(run: Run) -> None:
     groups = {
         "connector": list(run.parts.connector.parameters()),
         "rag_connector": rag_parameters(run.parts),
+        "copy": [run.parts.rag_connector.copy_bonus],
     }
     train_stage(
         run,
@@ -300,18 +299,40 @@ def train_align(run: Run) -> None:
 
 def train_finetune(run: Run) -> None:
     """LoRA on the LM, with the connectors, on the recipe's mix of episodes."""
+    train_episodes(run, "finetune", run.recipe.finetune, run.recipe.mix)
+
+
+def train_settle(run: Run) -> None:
+    """More of the same, mostly with memories as text, the mode that reads best."""
+    train_episodes(run, "settle", run.recipe.settle, run.recipe.settle_mix)
+
+
+def train_episodes(run: Run, name: str, stage: Stage, mix: Mix) -> None:
+    """LoRA and connectors on episodes of a mix."""
+    recipe = replace(run.recipe, mix=mix)
+
+    def draw(world: World, rows: dict[str, list[int]], _: Recipe, rng: Random) -> Episode:
+        return draw_episode(world, rows, recipe, rng)
+
     groups = {
         "lora": [p for n, p in run.lm.named_parameters() if "lora_" in n],
         "connector": list(run.parts.connector.parameters()),
         "rag_connector": rag_parameters(run.parts),
+        "copy": [run.parts.rag_connector.copy_bonus],
     }
-    stage = run.recipe.finetune
-    train_stage(run, "finetune", stage, groups, episode_loss(run, "finetune", stage, draw_episode))
+    train_stage(run, name, stage, groups, episode_loss(run, name, stage, draw))
+
+
+def text_parameters(parts: Parts) -> list[nn.Parameter]:
+    """What turns a text latent into a token."""
+    rag = parts.rag_connector
+    return [p for part in (rag.lift, rag.hidden, rag.out) for p in part.parameters()]
 
 
 def rag_parameters(parts: Parts) -> list[nn.Parameter]:
-    """The RAG connector's own parameters."""
-    return list(parts.rag_connector.parameters())
+    """The RAG connector's own parameters, without the copy bonus, which learns faster."""
+    bonus = parts.rag_connector.copy_bonus
+    return [p for p in parts.rag_connector.parameters() if p is not bonus]
 
 
 Draw = Callable[[World, dict[str, list[int]], Recipe, Random], Episode]
@@ -326,7 +347,7 @@ def episode_loss(run: Run, name: str, stage: Stage, draw: Draw) -> Callable[[int
         if number not in memory:
             rng = Random(f"{run.recipe.seed}/{name}/{number}")
             episodes = [draw(run.world, rows, run.recipe, rng) for _ in range(GROUP * stage.batch)]
-            episodes.sort(key=lambda e: sum(len(m.text) for m in e.memories))
+            episodes.sort(key=lambda e: (e.mode != "latent", sum(len(m.text) for m in e.memories)))
             batches = [episodes[i * stage.batch : (i + 1) * stage.batch] for i in range(GROUP)]
             rng.shuffle(batches)
             memory.clear()
@@ -345,8 +366,7 @@ def episode_loss(run: Run, name: str, stage: Stage, draw: Draw) -> Callable[[int
 def episodes_loss(run: Run, episodes: list[Episode], dropout: float = 0.0) -> Tensor:
     """Mean answer loss (nats a token) of some episodes."""
     parts, world = run.parts, run.world
-    longest = parts.compressor.shape.max_text_tokens
-    batch = make_batch(episodes, parts.prompt, parts.tokenizer, longest)
+    batch = make_batch(episodes, parts.prompt, parts.tokenizer, parts.compressor.shape)
     keep = (torch.rand(len(episodes)) >= dropout).float() if dropout else None
     inputs = embed_batch(
         batch,
@@ -355,7 +375,7 @@ def episodes_loss(run: Run, episodes: list[Episode], dropout: float = 0.0) -> Te
         parts.embeddings, parts.connector, parts.compressor, parts.rag_connector, keep,
     )  # fmt: skip
     with lm_arithmetic():
-        return answer_loss(base_of(run.lm), inputs, batch)
+        return answer_loss(base_of(run.lm), inputs, batch, parts.rag_connector.copy_bonus)
 
 
 def base_of(lm: LlamaForCausalLM | PeftModel) -> LlamaForCausalLM:
@@ -457,7 +477,6 @@ def load_checkpoint(run: Run) -> None:
     run.parts.connector.load_state_dict(state["connector"])
     run.parts.compressor.load_state_dict(state["compressor"])
     run.parts.rag_connector.load_state_dict(state["rag_connector"])
-    run.parts.refresh_codes()
     if state["lora"]:
         with_lora(run)
         run.lm.load_state_dict(state["lora"], strict=False)
