@@ -177,7 +177,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for number in options.distractors:
         if isinstance(number, int) and 0 < number <= own:
             raise InputError(f"the default bank has {own} memories: {number} others are too few")
-    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    results = read_results(options.results)
     runs = [results.setdefault(*new_run(model, lessons, mode)) for mode in options.modes]
     conditions = sorted(options.distractors, key=lambda c: own if c == "default" else c)
 
@@ -217,6 +217,15 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         run["conditions"] = {c: run["conditions"][c] for c in wanted if c in run["conditions"]}
     model.close()
     return runs
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results file's runs; its folder is made, so that nothing is measured in vain."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise InputError(f"{path} is not JSON: move it away or name another (--results)") from None
 
 
 def new_run(

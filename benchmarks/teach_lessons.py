@@ -218,4 +218,4 @@ def why(
         return "what the picture looks like"
     if SequenceMatcher(None, " ".join(new), question.wanted.lower()).ratio() > 0.5:
         return "wrong letters"
-    return "something else"
+    return "something else" if question.kind == "name" else "invented"
