@@ -120,7 +120,6 @@ def torch_pipeline(options: argparse.Namespace) -> tuple[float, Ask]:
     parts = load_parts(options.weights or DEFAULT_WEIGHTS)
     bank = Bank.open(options.model / "bank.sqlite", read_only=True)
     load_ms = 1e3 * (time.perf_counter() - started)
-    stop = steps.stop_ids(parts)
 
     def ask(picture: str) -> Sample:
         times = [time.perf_counter()]
@@ -129,9 +128,9 @@ def torch_pipeline(options: argparse.Namespace) -> tuple[float, Ask]:
         hits = steps.recall(parts, [bank], cells, options.question)
         times.append(time.perf_counter())
         rows = steps.prompt_rows(parts, cells, options.question, hits)
-        steps.continue_greedily(parts.lm, rows, stop, 1)
+        steps.continue_greedily(parts, rows, hits, 1)
         times.append(time.perf_counter())
-        ids = steps.continue_greedily(parts.lm, rows, stop, options.max_tokens)
+        ids = steps.continue_greedily(parts, rows, hits, options.max_tokens)
         whole = time.perf_counter() - times[3]  # prefill again, and all tokens
         encode, retrieve, prefill = (1e3 * (b - a) for a, b in itertools.pairwise(times))
         runs = len(ids) - (len(ids) == options.max_tokens)

@@ -220,10 +220,14 @@ def search(arguments: argparse.Namespace) -> None:
             for hit in bank.search(query, arguments.top_k, where or None)
         ]
         hits.sort(key=lambda pair: -pair[1].score)
+        floors = {
+            bank.path: model_floor(model) if bank.score_floor is None else bank.score_floor
+            for bank in model.banks
+        }
         found = []
         for bank, hit in hits[: arguments.top_k]:
             image, text = score_parts(query, bank.get(hit.id).key, model.parts.keys)
-            floor = model_floor(model) if bank.score_floor is None else bank.score_floor
+            floor = floors[bank.path]
             word = similarity_word(model.parts.manifest.prompt, hit.score, floor)
             found.append((hit, image, text, floor, word))
     if arguments.json:

@@ -183,7 +183,9 @@ def _verb(verbs: Any, name: str, summary: str, description: str = "") -> argpars
 def _bank(p: argparse.ArgumentParser, create: bool = False) -> None:
     """The one bank that is written to."""
     more = "; created if it is not there" if create else ""
-    p.add_argument("--bank", metavar="FILE", required=True, help=f"the bank{more}")
+    p.add_argument(
+        "--bank", metavar="FILE", required=True, help=f"the bank, a file or qdrant://...{more}"
+    )
 
 
 def _banks(p: argparse.ArgumentParser, several: bool = True) -> None:
@@ -193,7 +195,7 @@ def _banks(p: argparse.ArgumentParser, several: bool = True) -> None:
         "--bank",
         metavar="FILE",
         action="append" if several else "store",
-        help=f"the bank (default: 'default', which means the model's own){more}",
+        help=f"the bank, a file or qdrant://... (default: 'default', the model's own){more}",
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 # All else is imported when it is needed, so that --help is quick and Ctrl-C always quiet.
 
 DESCRIPTION = """\
-Answer a question about a picture. Everything runs on this machine's CPU; nothing is sent anywhere.
+Answer a question about a picture. Everything runs on this machine's CPU; nothing is sent anywhere,
+unless you name a bank on a server.
 
 The model looks at the picture, looks up the most similar pictures in its memory bank, and answers
 from both. The answer is printed word by word as it is made."""
@@ -59,8 +60,9 @@ def parser() -> argparse.ArgumentParser:
         "--bank",
         metavar="FILE",
         action="append",
-        help="bank to look up memories in, in place of the model's own; may be given more than "
-        "once, and 'default' means the model's own",
+        help="bank to look up memories in, in place of the model's own: a file, or an address "
+        "such as qdrant://host:6333/parts; may be given more than once, and 'default' means the "
+        "model's own",
     )
     memory.add_argument("--no-memory", action="store_true", help="answer from the picture alone")
     memory.add_argument(

@@ -60,6 +60,7 @@ RECIPE = Recipe(
     align=Stage(6, 2, {"connector": 1e-2, "rag_connector": 1e-2, "copy": 1e-2}),
     finetune=Stage(4, 2, {"lora": 1e-2, "connector": 1e-3, "rag_connector": 1e-3, "copy": 1e-2}),
     settle=Stage(2, 2, {"lora": 1e-2, "connector": 1e-3, "rag_connector": 1e-3, "copy": 1e-2}),
+    polish=Stage(2, 2, {"lora": 1e-2, "connector": 1e-3, "rag_connector": 1e-3, "copy": 1e-2}),
 )
 
 

@@ -231,9 +231,7 @@ def rival(world: World, place: int, taught: Taught, rng: Random) -> str:
     return draw_taught(world, world.records[world.bank[place]], rng, attributes).text
 
 
-def taught_turns(
-    record: Record, taught: Taught, recipe: Recipe, rng: Random
-) -> tuple[Turn, ...]:
+def taught_turns(record: Record, taught: Taught, recipe: Recipe, rng: Random) -> tuple[Turn, ...]:
     """Questions whose answers stand in the taught text, one that no memory answers, one on
     looks."""
     count = recipe.turns

@@ -65,7 +65,6 @@ def train(recipe: Recipe, directory: Path, until: str) -> None:
     if until >= "2":
         stages.with_lora(run)
         stages.train_finetune(run)
-        stages.train_settle(run)
     parts.finish()
     weights = directory / "weights"
     shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run

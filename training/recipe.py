@@ -28,6 +28,7 @@ PROMPT = PromptSpec(
     similarity=(("same", 0.8), ("close", 0.6), ("similar", 0.4)),
     stop=("<|im_end|>", "<|endoftext|>"),
     top_k=3,
+    memory_mode="text",  # reads best: docs/memory-bank.md, "How well teaching works"
 )
 
 
@@ -74,6 +75,7 @@ class Recipe:
     settle_mix: Mix = field(
         default_factory=lambda: Mix(text=0.7, both=0.15, missing=0.6, unknown=0.4)
     )
+    polish_mix: Mix = field(default_factory=lambda: Mix(text=0.9, both=0.05))
     lora_rank: int = 16
     lora_alpha: int = 32
     turns: int = 3  # questions an episode asks; they share the picture and the memories
@@ -91,4 +93,7 @@ class Recipe:
         8,
         {"lora": 4e-4, "connector": 3e-5, "rag_connector": 1e-4, "copy": 5e-3},
         warmup=20,
+    )
+    polish: Stage = Stage(
+        160, 8, {"lora": 4e-4, "connector": 3e-5, "rag_connector": 1e-4, "copy": 5e-3}
     )

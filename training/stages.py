@@ -5,7 +5,8 @@ interrupted.
        slots        connector: every image token names its part (name, kind, colour, number, place)
     1  align        connector and RAG connector with retrieved memories, frozen LM
     2  finetune     LoRA on the LM with mixed episodes (TinyAlign, arXiv 2505.12884, section 3.3)
-       settle       the same, mostly with memories as text
+       settle       the same, mostly with memories as text, and with more facts that nobody told
+       polish       the same, with fewer of those
 
 What a step sees depends on (seed, stage, step) only, so a resumed run equals an uninterrupted one.
 """
@@ -298,13 +299,11 @@ def train_align(run: Run) -> None:
 
 
 def train_finetune(run: Run) -> None:
-    """LoRA on the LM, with the connectors, on the recipe's mix of episodes."""
-    train_episodes(run, "finetune", run.recipe.finetune, run.recipe.mix)
-
-
-def train_settle(run: Run) -> None:
-    """More of the same, mostly with memories as text, the mode that reads best."""
-    train_episodes(run, "settle", run.recipe.settle, run.recipe.settle_mix)
+    """LoRA on the LM, with the connectors: memories mostly as latents, then mostly as text."""
+    recipe = run.recipe
+    train_episodes(run, "finetune", recipe.finetune, recipe.mix)
+    train_episodes(run, "settle", recipe.settle, recipe.settle_mix)
+    train_episodes(run, "polish", recipe.polish, recipe.polish_mix)
 
 
 def train_episodes(run: Run, name: str, stage: Stage, mix: Mix) -> None:
