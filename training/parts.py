@@ -182,8 +182,9 @@ def load_parts(directory: Path = DEFAULT_WEIGHTS, merge_lora: bool = True) -> Pa
         saved.pop("class_names").long(),
     )
     parts.connector.load_state_dict(unpacked(saved))
-    for name, module in (("compressor", parts.compressor), ("rag_connector", parts.rag_connector)):
-        module.load_state_dict(unpacked(load_file(directory / f"{name}.safetensors")))
+    for name in ("compressor", "rag_connector"):
+        stored = load_file(directory / f"{name}.safetensors")
+        getattr(parts, name).load_state_dict(unpacked(stored))
     if (directory / "key.npz").exists():
         parts.keys = load_key_arrays(directory / "key.npz")
     if merge_lora and (directory / "lora").exists():
