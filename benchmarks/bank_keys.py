@@ -2,10 +2,11 @@
 
 The first keys are those of real pictures: all training pictures, class prototypes and scenes of
 the feature cache, in random order. What follows is *moved*: the encoder's features of a random real
-picture plus 0.5 to 1 times the difference between two views of another real picture, which is what
-one more view of a thing looks like to the encoder. So the keys lie in clusters as real ones do: at
-a million, some 65 around each real picture. The text part of a key is that of a random memory of
-the default bank.
+picture plus 0.7 to 1.3 times the difference of two views of another real picture, which is what
+one more view of a thing looks like to the encoder (image parts of moved keys and what they were
+made from: cosine .91 in the median, 10th percentile .78; of two real views of a picture: emoji .77
+and .54, clip art .90 and .69). So keys lie in clusters as real ones do: at a million, some 65
+around each real picture. The text part of a key is that of a random memory of the default bank.
 
 Half of the queries are pictures held out of training, unlike anything in the bank; the other half
 are moved pictures of the bank: another view of something known.
@@ -72,7 +73,7 @@ class Keys:
 
     def _moved(self, rows: NDArray[np.int64], count: int, random: np.random.Generator) -> Floats:
         one, two = self._pairs[random.integers(len(self._pairs), size=count)].T
-        step = random.uniform(0.5, 1, (count, 1)).astype(np.float32)
+        step = random.uniform(0.7, 1.3, (count, 1)).astype(np.float32)
         moved = self._pooled[random.choice(rows, count)]
         moved += step * (self._pooled[two] - self._pooled[one])
         return self._with_text(np.clip(moved, 0, None), random)

@@ -29,7 +29,7 @@ def said(read: MemoryText, span: range) -> str:
         ("It is A. So B. Or C. An D.", ["It is A.", " So B.", " Or C.", " An D."]),
         ("A b. C d. E f. G h. I j.", ["A b. C d.", " E f.", " G h.", " I j."]),
         ("Stop", ["Stop"]),  # too short to part
-        ("ab: cd ef gh, ij kl", ["ab:", " cd ef gh,", " ij kl"]),
+        ("ab: cd ef gh, ij kl", ["ab:", " cd ", "ef gh,", " ij kl"]),
         ("a 3.5 b", ["a ", "3.5 b"]),  # a point inside a number ends nothing
         ("unbreakable", ["unbreakable"]),
         ("", []),
