@@ -86,6 +86,8 @@ def console(block: str, folder: str) -> str:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        if done.returncode:
+            sys.exit(f"{command[2:]}: {done.stdout}")
         lines += [command, *done.stdout.splitlines()]
     return "".join(f"{line}\n" for line in lines)
 
