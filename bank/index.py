@@ -34,16 +34,9 @@ try:
 except ImportError:  # it has no binary wheels: without a C++ compiler search is exact
     hnswlib = None
 
-# From here on a graph is worth building. Median milliseconds a query, 256 dims, top 5 memories,
-# one thread (benchmarks/retrieval.py, two shared x86-64 cores with AVX-512); recall was 1.000:
-#   memories   exact   graph   graph build
-#      1,000   0.04    0.06     0.0 s
-#      5,000   0.19    0.13     0.3 s
-#     10,000   0.50    0.17     0.8 s
-#     20,000   1.56    0.17     2.5 s
-#     50,000   6.74    0.28    15.1 s
-# The graph is ahead from about 3k, but up to 20k it saves under 1.5 ms of some hundred ms to the
-# first token: too little for a build of seconds and a cache larger than the bank.
+# From here on a graph is worth building (benchmarks/bank.py). It is ahead from about 3k, but up to
+# 20k it saves under 1.5 ms of some hundred ms to the first token: too little for a build of seconds
+# and a cache larger than the bank.
 EXACT_LIMIT = 20_000
 
 LINKS = 16  # M
