@@ -59,7 +59,7 @@ from tinyalign.runtime.threads import default_threads
 Floats = NDArray[np.float32]
 MAX_TOKENS = 128
 ANSWER_RESERVE = 16  # tokens of the context kept free for the answer
-ENCODE_BATCH = 8  # pictures; more are no faster (benchmarks/add.py)
+ENCODE_BATCH = 4  # pictures; more are no faster, and slower beside other work (benchmarks/add.py)
 
 
 class TinyAlign:
