@@ -1,5 +1,9 @@
 """Nearest memories by dot product: exact numpy search, and an hnswlib graph for large banks.
 
+A graph is followed from neighbour to neighbour, and misses some memories that have none: a thing
+taught by one example among many others. So all memories that agree with the query in many more
+signs than chance would have it are compared as well (``_twins``).
+
 The graph is only a cache of the bank file. ``Snapshot`` is what one state of the bank is searched
 with: the graph over the memories that were there when it was built, and an exact tail over those
 added since. Ids and keys never change in a bank, so a graph built from an earlier state of the
@@ -18,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -41,13 +45,19 @@ EXACT_LIMIT = 20_000
 
 LINKS = 16  # M
 BUILD_EFFORT = 200  # ef_construction
-SEARCH_EFFORT = 64  # ef
-CACHE_FORMAT = 1
+SEARCH_EFFORT = 80  # ef
+# Signs are compared of a key's first numbers, the picture's main axes. More of them or less strict
+# deviations find more and take longer.
+SIGNS = 128
+TWIN_DEVIATIONS = 3.5
+ENDINGS = (".hnsw", ".hnsw.npy", ".hnsw.json")  # of the cache files, after the bank's name
+CACHE_FORMAT = 2
 SIDECAR_BYTES = 4096
 ABANDONED_SECONDS = 3600  # nobody takes that long to write a cache file
 ROWS_AT_ONCE = 8192
 
 Ids = NDArray[np.int64]
+Words = NDArray[np.uint64]
 NO_IDS = np.empty(0, np.int64)
 NEVER = Generation(0, "")  # before anything was read
 # exact: no graph is used. cached: a graph that fits lies beside the bank. missing, stale: there is
@@ -57,10 +67,13 @@ IndexState: TypeAlias = Literal["exact", "cached", "missing", "stale", "server"]
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """An hnswlib index and the ids in it that are still in the bank, ascending."""
+    """What N memories are searched with: hnswlib's index, and by rows their ids and keys."""
 
     index: Any
-    ids: Ids
+    ids: Ids  # [N], ascending
+    keys: Halves  # [N, Dk]
+    signs: Words  # [W, N], see ``signs_of``
+    alive: NDArray[np.bool_]  # [N], whether the memory is still in the bank
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,17 +89,18 @@ class Snapshot:
         self, query: Floats, k: int, allowed: Ids | None, exclude: frozenset[int]
     ) -> list[tuple[int, float]]:
         """Up to k (id, score), best first, ties by id; ``allowed`` limits it to some ids."""
-        tail = np.ones(len(self.tail_ids), bool)
-        if allowed is not None:
-            tail &= np.isin(self.tail_ids, allowed)
-        if exclude:
-            tail &= ~np.isin(self.tail_ids, list(exclude))
-        scores = _dots(self.tail_keys, query)
-        ids, best = top(self.tail_ids[tail], scores[tail], k)
+        ids, scores = self.tail_ids, _dots(self.tail_keys, query)
         if self.graph is not None:
-            more_ids, more = _search_graph(self.graph, query, k, allowed, exclude)
-            ids, best = top(np.concatenate([ids, more_ids]), np.concatenate([best, more]), k)
-        return list(zip(ids.tolist(), best.tolist(), strict=True))
+            more_ids, more = _search_graph(self.graph, query, k + len(exclude), allowed)
+            ids, scores = np.concatenate([ids, more_ids]), np.concatenate([scores, more])
+        if allowed is not None:
+            kept = np.isin(ids, allowed)
+            ids, scores = ids[kept], scores[kept]
+        if exclude:
+            kept = ~np.isin(ids, list(exclude))
+            ids, scores = ids[kept], scores[kept]
+        ids, scores = top(ids, scores, k)
+        return list(zip(ids.tolist(), scores.tolist(), strict=True))
 
 
 def top(ids: Ids, scores: Floats, k: int) -> tuple[Ids, Floats]:
@@ -109,7 +123,7 @@ def refresh(store: Store, previous: Snapshot | None) -> Snapshot:
             NEVER, _load(store), NO_IDS, np.empty((0, store.header.key_width), "f4")
         )
     graph, tail_ids, tail_keys = previous.graph, previous.tail_ids, previous.tail_keys
-    known = np.concatenate([graph.ids, tail_ids]) if graph else tail_ids
+    known = np.concatenate([graph.ids[graph.alive], tail_ids]) if graph else tail_ids
     with store.reading():
         generation, count = store.generation(), store.count()
         new_ids, new_keys = store.keys(int(known[-1]) + 1 if len(known) else 0)
@@ -145,11 +159,10 @@ def build_graph(ids: Ids, keys: Halves) -> Graph:
     """A graph over keys fp16 [N, Dk]; takes seconds from 10k on."""
     index = hnswlib.Index(space="ip", dim=keys.shape[1])
     index.init_index(max_elements=len(ids), M=LINKS, ef_construction=BUILD_EFFORT)
-    index.set_ef(SEARCH_EFFORT)
     for start in range(0, len(ids), ROWS_AT_ONCE):  # hnswlib's own copy is fp32
         part = slice(start, start + ROWS_AT_ONCE)
         index.add_items(keys[part].astype(np.float32), ids[part], num_threads=_threads())
-    return Graph(index, ids)
+    return _graph(index, ids, keys)
 
 
 def state(store: Store) -> IndexState:
@@ -161,9 +174,10 @@ def state(store: Store) -> IndexState:
     return "cached" if _trusted(store) is not None else "stale"
 
 
-def cache_files(path: Path) -> tuple[Path, Path]:
-    """The graph and its sidecar beside a bank file."""
-    return path.with_name(path.name + ".hnsw"), path.with_name(path.name + ".hnsw.json")
+def cache_files(path: Path) -> tuple[Path, Path, Path]:
+    """The graph, the keys and their sidecar beside a bank file."""
+    graph, keys, sidecar = (path.with_name(path.name + end) for end in ENDINGS)
+    return graph, keys, sidecar
 
 
 def drop_cache(path: Path) -> None:
@@ -185,45 +199,69 @@ def _anew(store: Store, generation: Generation, ids: Ids, keys: Halves) -> Snaps
     return Snapshot(generation, graph, NO_IDS, np.empty((0, keys.shape[1]), np.float32))
 
 
+def _graph(index: Any, ids: Ids, keys: Halves) -> Graph:
+    index.set_ef(SEARCH_EFFORT)
+    parts = [
+        signs_of(keys[start : start + ROWS_AT_ONCE]) for start in range(0, len(keys), ROWS_AT_ONCE)
+    ]
+    return Graph(index, ids, keys, np.concatenate(parts, axis=1), np.ones(len(ids), bool))
+
+
 def _without(graph: Graph, gone: Ids) -> Graph:
     """The graph without some ids, which need not be in it."""
-    marked = np.intersect1d(graph.ids, gone, assume_unique=True)
-    for number in marked.tolist():
+    marked = np.isin(graph.ids, gone, assume_unique=True) & graph.alive
+    for number in graph.ids[marked].tolist():
         graph.index.mark_deleted(number)
-    return Graph(graph.index, np.setdiff1d(graph.ids, marked, assume_unique=True))
+    return replace(graph, alive=graph.alive & ~marked)
 
 
 def _search_graph(
-    graph: Graph, query: Floats, k: int, allowed: Ids | None, exclude: frozenset[int]
+    graph: Graph, query: Floats, wanted: int, allowed: Ids | None
 ) -> tuple[Ids, Floats]:
+    """Ids and scores that hold the ``wanted`` best of the graph, or all that are ``allowed``."""
     if allowed is None:
-        wanted = min(k + len(exclude), len(graph.ids))
-        with contextlib.suppress(RuntimeError):  # hnswlib raises when it reaches fewer than wanted
-            labels, distances = graph.index.knn_query(query[None], k=wanted, num_threads=1)
-            ids, scores = labels[0].astype(np.int64), 1 - distances[0]
-            kept = ~np.isin(ids, list(exclude))
-            return top(ids[kept], scores[kept], k)
-        allowed = graph.ids
-    ids = np.intersect1d(graph.ids, allowed, assume_unique=True)
-    ids = ids[~np.isin(ids, list(exclude))]
-    best_ids, best = ids[:0], np.empty(0, np.float32)
-    for start in range(0, len(ids), ROWS_AT_ONCE):
-        part, keys = _keys_in(graph.index, ids[start : start + ROWS_AT_ONCE])
-        scores = _dots(keys, query)
-        best_ids, best = top(np.concatenate([best_ids, part]), np.concatenate([best, scores]), k)
-    return best_ids, best
+        chosen = _near(graph, query, wanted)
+    else:
+        chosen = np.isin(graph.ids, allowed, assume_unique=True)
+    rows = np.flatnonzero(chosen & graph.alive)
+    scores = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        scores[part] = _dots(graph.keys[rows[part]].astype(np.float32), query)
+    return graph.ids[rows], scores
 
 
-def _keys_in(index: Any, ids: Ids) -> tuple[Ids, Floats]:
-    """The keys [N, Dk] that a graph holds for ids, without those another thread just removed."""
-    with contextlib.suppress(RuntimeError):  # hnswlib knows no label that is marked as deleted
-        return ids, np.asarray(index.get_items(ids), np.float32)
-    found = {}
-    for number in ids.tolist():
-        with contextlib.suppress(RuntimeError):
-            found[number] = np.asarray(index.get_items([number])[0], np.float32)
-    keys = np.stack(list(found.values())) if found else np.empty((0, index.dim), np.float32)
-    return np.array(list(found), np.int64), keys
+def _near(graph: Graph, query: Floats, wanted: int) -> NDArray[np.bool_]:
+    """Which rows [N] are among the nearest: what the graph finds, and the query's twins."""
+    near = _twins(graph.signs, query)
+    wanted = min(wanted, int(np.count_nonzero(graph.alive)))
+    try:
+        labels, _ = graph.index.knn_query(query[None], k=wanted, num_threads=1)
+    except RuntimeError:  # hnswlib reaches fewer
+        return np.ones_like(near)
+    near[np.searchsorted(graph.ids, labels[0].astype(np.int64))] = True
+    return near
+
+
+def _twins(signs: Words, query: Floats) -> NDArray[np.bool_]:
+    """Which keys' signs differ from the query's in fewer places than chance would have it.
+
+    By chance half of them do, with a standard deviation of half their number's root.
+    """
+    words = signs_of(query[None].astype(np.float16))[:, 0]
+    differing = np.zeros(signs.shape[1], np.uint16)
+    for row, word in zip(signs, words, strict=True):
+        differing += np.bitwise_count(row ^ word)
+    width = min(len(query), SIGNS)
+    return differing <= int(width / 2 - TWIN_DEVIATIONS * width**0.5 / 2)
+
+
+def signs_of(keys: Halves) -> Words:
+    """Which of the first numbers of keys [N, Dk] are positive, as bits: words of 64 [W, N]."""
+    positive = keys[:, :SIGNS].view(np.int16) > 0  # the same for fp16, and faster
+    missing = -positive.shape[1] % 64
+    packed = np.packbits(np.pad(positive, ((0, 0), (0, missing))) if missing else positive, axis=1)
+    return np.ascontiguousarray(packed.view(np.uint64).T)
 
 
 def _threads() -> int:
@@ -245,8 +283,8 @@ class _Binding:
     token: str
     dim: int
     count: int
-    bytes: int
-    sha256: str
+    graph: list[Any]  # bytes and SHA-256 of the file
+    keys: list[Any]
 
 
 def _writer() -> str:
@@ -255,47 +293,57 @@ def _writer() -> str:
 
 
 def _save(store: Store, generation: Generation, graph: Graph) -> None:
-    """Write graph and sidecar, each by renaming; that they cannot be written is no error."""
-    file, sidecar = cache_files(store.path)
+    """Write the cache files, each by renaming; that they cannot be written is no error."""
+    file, keys_file, sidecar = cache_files(store.path)
     _sweep(file)
-    with contextlib.suppress(OSError, RuntimeError), _temporary(file) as temporary:
-        graph.index.save_index(str(temporary))
-        size, digest = _digest(temporary)
-        if size != graph.index.index_file_size():  # hnswlib is silent about a full disk
-            return
-        dim, count = store.header.key_width, len(graph.ids)
+    with (
+        contextlib.suppress(OSError, RuntimeError),
+        _temporary(file) as new_graph,
+        _temporary(keys_file) as new_keys,
+        _temporary(sidecar) as new_sidecar,
+    ):
+        graph.index.save_index(str(new_graph))
+        with new_keys.open("wb") as stream:
+            np.save(stream, graph.keys)
+        if new_graph.stat().st_size != graph.index.index_file_size():
+            return  # hnswlib is silent about a full disk
         number, token = generation.number, generation.token
-        binding = _Binding(CACHE_FORMAT, _writer(), number, token, dim, count, size, digest)
+        dim, count = graph.keys.shape[1], len(graph.ids)
+        digests = _digest(new_graph), _digest(new_keys)
+        binding = _Binding(CACHE_FORMAT, _writer(), number, token, dim, count, *digests)
+        new_sidecar.write_text(json.dumps(asdict(binding)))
         sidecar.unlink(missing_ok=True)
-        temporary.replace(file)
-        with _temporary(sidecar) as temporary_sidecar:
-            temporary_sidecar.write_text(json.dumps(asdict(binding)))
-            temporary_sidecar.replace(sidecar)
+        new_graph.replace(file)
+        new_keys.replace(keys_file)
+        new_sidecar.replace(sidecar)
 
 
 def _load(store: Store) -> Graph | None:
     """The cached graph of this very bank, or None if there is none that can be trusted."""
     if hnswlib is None or store.count() <= EXACT_LIMIT:
         return None
-    file, _ = cache_files(store.path)
+    file, keys_file, _ = cache_files(store.path)
     try:
-        before = _identity(file)
+        before = _identity(file), _identity(keys_file)
         binding = _trusted(store)
         if binding is None:
             return None
-        index = hnswlib.Index(space="ip", dim=store.header.key_width)
+        index = hnswlib.Index(space="ip", dim=binding.dim)
         index.load_index(str(file))
-        if before != _identity(file) or index.get_current_count() != binding.count:
+        keys = np.load(keys_file, allow_pickle=False)
+        if before != (_identity(file), _identity(keys_file)):
             return None
-    except (OSError, RuntimeError):
+        ids = np.sort(np.array(index.get_ids_list(), np.int64))
+        if len(ids) != binding.count or keys.shape != (binding.count, binding.dim):
+            return None
+    except (OSError, RuntimeError, ValueError):
         return None
-    index.set_ef(SEARCH_EFFORT)
-    return Graph(index, np.sort(np.array(index.get_ids_list(), np.int64)))
+    return _graph(index, ids, keys)
 
 
 def _trusted(store: Store) -> _Binding | None:
-    """What the cache file is bound to, if that is this program and this bank."""
-    file, sidecar = cache_files(store.path)
+    """What the cache files are bound to, if that is this program and this bank."""
+    file, keys_file, sidecar = cache_files(store.path)
     try:
         with sidecar.open("rb") as stream:
             binding = _Binding(**json.loads(stream.read(SIDECAR_BYTES)))
@@ -306,7 +354,8 @@ def _trusted(store: Store) -> _Binding | None:
             binding.token,
             store.header.key_width,
             binding.count,
-            *_digest(file),
+            _digest(file),
+            _digest(keys_file),
         )
         known = store.knows(Generation(binding.generation, binding.token))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -314,10 +363,10 @@ def _trusted(store: Store) -> _Binding | None:
     return binding if binding == expected and known else None
 
 
-def _digest(file: Path) -> tuple[int, str]:
+def _digest(file: Path) -> list[Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return stream.tell(), digest
+        return [stream.tell(), digest]
 
 
 def _identity(file: Path) -> tuple[int, int, int]:

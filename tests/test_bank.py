@@ -317,8 +317,7 @@ def test_graph_finds_what_exact_search_finds(path: Path) -> None:
     keys = fill(path, 2000)
     with Bank.open(path) as bank:
         assert recall(bank, keys) >= 0.99
-        graph, sidecar = index.cache_files(path)
-        assert graph.exists() and sidecar.exists()
+        assert all(file.exists() for file in index.cache_files(path))
         ids = reference(keys, keys[0], 5)
         assert (
             found(bank, keys[0], 5, exclude=frozenset(ids[:2])) == reference(keys, keys[0], 7)[2:]
@@ -351,7 +350,7 @@ def test_graph_follows_what_is_added_and_removed(path: Path) -> None:
 
 
 def damage_cache(path: Path, how: str, other: Path) -> None:
-    graph, sidecar = index.cache_files(path)
+    graph, keys, sidecar = index.cache_files(path)
     bound = json.loads(sidecar.read_text())
     data = graph.read_bytes()
     if how == "truncated":
@@ -362,6 +361,12 @@ def damage_cache(path: Path, how: str, other: Path) -> None:
         graph.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
     elif how == "no graph":
         graph.unlink()
+    elif how == "no keys":
+        keys.unlink()
+    elif how == "keys cut":
+        keys.write_bytes(keys.read_bytes()[:-1])
+    elif how == "keys bit flipped":
+        keys.write_bytes(keys.read_bytes()[:-1] + bytes([keys.read_bytes()[-1] ^ 1]))
     elif how == "no sidecar":
         sidecar.unlink()
     elif how == "sidecar not JSON":
@@ -380,6 +385,7 @@ def damage_cache(path: Path, how: str, other: Path) -> None:
 
 CACHE_DAMAGES = [
     *("truncated", "empty", "bit flipped", "no graph", "no sidecar", "foreign"),
+    *("no keys", "keys cut", "keys bit flipped"),
     *("sidecar not JSON", "sidecar a list", "sidecar huge"),
     *("dim", "count", "generation", "token", "writer"),
 ]

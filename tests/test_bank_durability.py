@@ -386,34 +386,35 @@ def test_a_bad_index_cache_is_never_loaded(path: Path, tmp_path: Path) -> None:
     keys = fill(path, 200)
     fill(tmp_path / "other.sqlite", 200, seed=4)
     places = tmp_path / "caches"
-    graph, sidecar = (file.name for file in index.cache_files(path))
+    names = [file.name for file in index.cache_files(path)]
 
-    def cache(name: str, data: bytes, binding: bytes) -> None:
+    def cache(name: str, *contents: bytes) -> None:
         (places / name).mkdir(parents=True)
-        (places / name / graph).write_bytes(data)
-        (places / name / sidecar).write_bytes(binding)
+        for file, content in zip(names, contents, strict=True):
+            (places / name / file).write_bytes(content)
 
     made = "from tinyalign.bank import Bank, index; import sys; index.EXACT_LIMIT = 100; "
     for bank in (path, tmp_path / "other.sqlite"):
         python(made + "Bank.open(sys.argv[1]).reindex()", bank)
-    data, binding = (file.read_bytes() for file in index.cache_files(path))
-    foreign = [file.read_bytes() for file in index.cache_files(tmp_path / "other.sqlite")]
+    mine = [file.read_bytes() for file in index.cache_files(path)]
+    other = [file.read_bytes() for file in index.cache_files(tmp_path / "other.sqlite")]
+    cache("good", *mine)
+    cache("foreign", *other)
+    cache("empty", b"", b"", b"")
     random = np.random.default_rng(6)
-    cache("good", data, binding)
-    cache("foreign", *foreign)
-    cache("foreign graph", foreign[0], binding)
-    cache("foreign binding", data, foreign[1])
-    cache("empty", b"", b"")
-    cache("longer", data + bytes(8), binding)
-    for number, size in enumerate(random.integers(0, len(data), 15)):
-        cache(f"cut {number}", data[:size], binding)
-    for number, size in enumerate(random.integers(0, len(binding), 5)):
-        cache(f"binding cut {number}", data, binding[:size])
-    for number in range(40):
-        flipped = bytearray(data)
-        place = int(random.integers(100 if number % 2 else len(data)))  # half in hnswlib's header
-        flipped[place] ^= 1 << int(random.integers(8))
-        cache(f"flipped {number}", bytes(flipped), binding)
+    for number, (name, data) in enumerate(zip(("graph", "keys", "binding"), mine, strict=True)):
+
+        def damaged(how: str, content: bytes, number: int = number, name: str = name) -> None:
+            cache(f"{name} {how}", *mine[:number], content, *mine[number + 1 :])
+
+        damaged("foreign", other[number])
+        damaged("longer", data + bytes(8))
+        for size in np.unique(random.integers(0, len(data), 8)):
+            damaged(f"cut to {size}", data[:size])
+        for turn in range(20):
+            place = int(random.integers(100 if turn % 2 else len(data)))  # half in the header
+            flipped = data[place] ^ 1 << int(random.integers(8))
+            damaged(f"flipped {turn}", data[:place] + bytes([flipped]) + data[place + 1 :])
     with Bank.open(path) as bank:
         wanted = " ".join(map(str, found(bank, keys[7], 3)))
     lines = python(SEARCH_WITH_CACHES, places, path)

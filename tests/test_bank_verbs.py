@@ -272,7 +272,7 @@ def test_index_states(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert bank.stats().index == "missing"
         bank.search(keys[0])
         assert bank.stats().index == "cached" and bank.stats().index_bytes > 0
-        file, _ = index.cache_files(path)
+        file = index.cache_files(path)[0]
         file.write_bytes(file.read_bytes()[:-1])
         assert bank.verify().index == "stale"
         bank.reindex()
