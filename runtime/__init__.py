@@ -9,7 +9,12 @@ print(model.ask("cat.jpg", "What is this?").text)
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
+
+# onnxruntime's wheels hold a telemetry client, on unless this says otherwise before it is imported.
+# Nothing is sent from here; whoever wants it sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from tinyalign.runtime.answers import Answer, AnswerStream, EncodedPicture, Timings

@@ -334,3 +334,22 @@ def test_a_failure_that_is_not_the_users_is_1(
     monkeypatch.setattr(module, "load_parts", fail)
     assert cli.main([str(place / "good.png"), "what?", "--model", str(tiny)]) == 1
     assert capsys.readouterr().err == "tinyalign-infer: MemoryError\n"
+
+
+@pytest.mark.parametrize("module", ["tinyalign.runtime.model", "tinyalign.export.cli"])
+def test_onnxruntime_is_told_to_send_nothing_before_it_is_imported(module: str) -> None:
+    code = (
+        "import importlib, os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'onnxruntime':\n"
+        "            print(os.environ.get('ORT_DISABLE_TELEMETRY'))\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        f"importlib.import_module({module!r})\n"
+        "importlib.import_module('onnxruntime')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.stdout.split() == ["1"], done.stderr
