@@ -84,18 +84,11 @@ def read_llava(text: str, name: str, folder: Path) -> tuple[list[Item], list[str
     of its pictures is remembered with the text. An entry without "image" is about no picture: it
     is left out, and its place is in the second list. InputError names the entry.
     """
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(f"{name}{where}: this is not JSON") from None
-    if not isinstance(entries, list):
-        raise InputError(f"{name}: this is not a JSON list of conversations or captions")
     items = []
     pictureless = []
-    for number, entry in enumerate(entries, 1):
+    for number, entry in enumerate(llava_entries(text, name), 1):
         place = f"{name}, entry {number}"
-        texts = _told(entry, place)
+        texts = [told(question, answer) for question, answer in llava_turns(entry, place)]
         images = entry.get("image")
         if images is None:
             pictureless.append(place)
@@ -103,6 +96,41 @@ def read_llava(text: str, name: str, folder: Path) -> tuple[list[Item], list[str
         for image in images if isinstance(images, list) else [images]:
             items += [_item({"image": image, "text": told}, place, folder) for told in texts]
     return items, pictureless
+
+
+def llava_entries(text: str, name: str) -> list[Any]:
+    """The entries of LLaVA's JSON, not yet checked; InputError where it is no JSON list."""
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{name}{where}: this is not JSON") from None
+    if not isinstance(entries, list):
+        raise InputError(f"{name}: this is not a JSON list of conversations or captions")
+    return entries
+
+
+def llava_turns(entry: Any, place: str) -> list[tuple[str, Any]]:
+    """Questions of an entry with their answers, without the ``<image>`` marker.
+
+    A caption is the answer to a request. InputError where there is neither.
+    """
+    if isinstance(entry, dict) and "caption" in entry:
+        return [("Describe the picture.", entry["caption"])]
+    turns = entry.get("conversations") if isinstance(entry, dict) else None
+    try:
+        speakers = [turn["from"] for turn in turns or ()]
+        values = [turn["value"].replace("<image>", " ").strip() for turn in turns or ()]
+    except (TypeError, KeyError, AttributeError):
+        speakers = []
+    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+        raise InputError(f"{place}: no caption and no conversation of human and gpt in turns")
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def told(question: str, answer: Any) -> Any:
+    """What a memory says of a question and its answer: of a request only the answer."""
+    return f"{question} {answer}" if "?" in question else answer
 
 
 def read_folder(folder: Path, text: str | None) -> list[Item]:
@@ -146,19 +174,3 @@ def _item(data: dict[str, Any], place: str, folder: Path) -> Item:
     if not isinstance(metadata, dict):
         raise InputError(f"{place}: metadata is not a JSON object")
     return Item(folder / data["image"], data["text"], metadata, place)
-
-
-def _told(entry: Any, place: str) -> list[Any]:
-    """What one LLaVA entry says about its picture: a text for each memory."""
-    if isinstance(entry, dict) and "caption" in entry:
-        return [entry["caption"]]
-    turns = entry.get("conversations") if isinstance(entry, dict) else None
-    try:
-        speakers = [turn["from"] for turn in turns or ()]
-        values = [turn["value"].replace("<image>", " ").strip() for turn in turns or ()]
-    except (TypeError, KeyError, AttributeError):
-        speakers = []
-    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-        raise InputError(f"{place}: no caption and no conversation of human and gpt in turns")
-    pairs = zip(values[::2], values[1::2], strict=True)
-    return [f"{question} {answer}" if "?" in question else answer for question, answer in pairs]
