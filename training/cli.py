@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tinyalign.runtime.cli import Parser, guarded
 
@@ -17,8 +18,25 @@ Train the default model: prepare the pictures (downloaded once, hash-checked), t
   stage 0  compressor and connectors, mostly without the language model (minutes)
   stage 1  connectors with retrieved memories, through the frozen language model
   stage 2  fine-tuning with LoRA on episodes that teach when to trust a memory
+--data adds pictures of your own, with questions and answers in LLaVA's JSON; a fixed 15 % of their
+concepts is held out.
 The run can be stopped at any time (Ctrl-C); the same command continues it. It ends with a weights
 directory for `tinyalign-export --weights`."""
+
+
+class Images(argparse.Action):
+    """--images belongs to the --data before it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if not namespace.data or namespace.data[-1][1] is not None:
+            parser.error("--images stands behind the --data that it is for")
+        namespace.data[-1] = (namespace.data[-1][0], values)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +69,22 @@ def parser() -> argparse.ArgumentParser:
         help="multiply the steps of every stage, for instance 0.1 for a quick look (default: 1)",
     )
     made.add_argument(
+        "--data",
+        metavar="FILE.json",
+        action="append",
+        default=[],
+        type=lambda name: (Path(name), None),
+        help="train on the pictures and conversations of this file as well (LLaVA's JSON); "
+        "may be given several times",
+    )
+    made.add_argument(
+        "--images",
+        metavar="DIR",
+        action=Images,
+        type=Path,
+        help="where the pictures of the --data before it are (default: beside the file)",
+    )
+    made.add_argument(
         "--install", action="store_true", help="when done, make the result the default weights"
     )
     return made
@@ -72,12 +106,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not arguments.scale > 0:
         raise InputError("--scale must be greater than 0")
+    from tinyalign.training.llava import read_data
     from tinyalign.training.parts import DEFAULT_WEIGHTS, copy_weights
     from tinyalign.training.pipeline import scaled, train
     from tinyalign.training.recipe import Recipe
 
     recipe = scaled(dataclasses.replace(Recipe(), seed=arguments.seed), arguments.scale)
-    train(recipe, arguments.out, arguments.until)
+    data = [read_data(file, images) for file, images in arguments.data]
+    train(recipe, arguments.out, arguments.until, data)
     if arguments.install and arguments.until == "2":
         copy_weights(arguments.out / "weights", DEFAULT_WEIGHTS)
 

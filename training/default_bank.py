@@ -13,19 +13,22 @@ import torch.nn.functional as F
 from tinyalign.bank import Bank, NewMemory, content_hash
 from tinyalign.runtime.memory_text import read_memory
 from tinyalign.training.batch import text_input
-from tinyalign.training.features import Record, load_thumbnails
+from tinyalign.training.features import ORDER, Record, load_thumbnails
 from tinyalign.training.fingerprint import fingerprint_of
 from tinyalign.training.world import World, cells_of
 
 CHUNK = 256
 
 
-def build_bank(world: World, path: Path) -> None:
-    """Write the world's memories as a sealed bank file, replacing one that is there."""
+def build_bank(world: World, path: Path, sources: Sequence[str] = ORDER) -> None:
+    """Write the world's memories as a sealed bank file, replacing one that is there.
+
+    `sources` are those of the feature cache that have thumbnails.
+    """
     parts = world.parts
     assert parts.keys is not None
     path.unlink(missing_ok=True)
-    thumbnails = load_thumbnails()
+    thumbnails = load_thumbnails(sources=sources)
     shape = parts.compressor.shape
     with Bank.create(
         path,
@@ -49,13 +52,20 @@ def build_bank(world: World, path: Path) -> None:
                         latents=latents[offset],
                         text=text,
                         source=source_of(record),
-                        metadata={"name": record.name, "kind": record.kind},
+                        metadata=metadata_of(record),
                         thumbnail=thumbnail,
                         content_hash=content_hash(record.id.encode(), text),
                     )
                 )
             bank.add(memories)
         bank.seal()
+
+
+def metadata_of(record: Record) -> dict[str, str]:
+    """Name and kind, of a picture from `--data` its concept."""
+    if record.source == "llava":
+        return {"concept": record.concept}
+    return {"name": record.name, "kind": record.kind}
 
 
 def source_of(record: Record) -> str:

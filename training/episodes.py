@@ -41,6 +41,7 @@ SHARES = {
     "prototypes": 12,
     "easy_vqa": 14,
     "composites": 16,
+    "llava": 50,  # where there is --data
 }
 
 
@@ -110,7 +111,11 @@ def draw_row(
 def visual_turns(record: Record, count: int, rng: Random) -> tuple[Turn, ...]:
     """Questions of different types that the picture alone answers."""
     by_type: dict[str, list[Turn]] = {}
-    for item in questions_of(record, rng):
+    items = questions_of(record, rng)
+    if record.source == "llava":
+        picked = rng.sample(items, min(count, len(items)))
+        return tuple(Turn(item.question, item.answer) for item in picked)
+    for item in items:
         by_type.setdefault(item.type, []).append(Turn(item.question, item.answer))
     types = list(by_type)
     rng.shuffle(types)
@@ -162,9 +167,9 @@ def draw_taught(
     chance = rng.random()
     name = invented_name(rng)
     if chance < 0.15:
-        name = record.name
+        name = record.name or name
     elif chance < 0.35:
-        name = world.records[rng.choice(world.bank)].name
+        name = world.records[rng.choice(world.bank)].name or name
     facts = [draw_fact(rng, attribute) for attribute in ATTRIBUTES if attribute.name in attributes]
     while len(facts) < rng.choice([0, 1, 1, 2, 2, 3]):
         fact = draw_fact(rng)

@@ -219,12 +219,21 @@ def _scene_jobs(done: set[tuple[str, int]], cache: Path) -> Iterator[Job]:
 
 
 def _build_source(source: str, cache: Path) -> None:
-    path = features_dir(cache) / f"{source}.f16"
-    records = _trim_to_whole_rows(path)
-    done = {(record.id, record.view) for record in records}
+    done = done_rows(source, cache)
     total = _total(source, cache)
-    if len(done) >= total:
-        return
+    if len(done) < total:
+        append_rows(source, jobs(source, done, cache), len(done), total, cache)
+
+
+def done_rows(source: str, cache: Path) -> set[tuple[str, int]]:
+    """(picture id, view) of a source's rows; what was only half written is cut off."""
+    records = _trim_to_whole_rows(features_dir(cache) / f"{source}.f16")
+    return {(record.id, record.view) for record in records}
+
+
+def append_rows(source: str, stream: Iterator[Job], done: int, total: int, cache: Path) -> None:
+    """Encode jobs and append them to a source's files; progress with time left on stderr."""
+    path = features_dir(cache) / f"{source}.f16"
     encode = encoder(cache)
     started, made = time.monotonic(), 0
     thumbs_path = features_dir(cache) / f"{source}.thumbs.jsonl"
@@ -234,7 +243,6 @@ def _build_source(source: str, cache: Path) -> None:
         thumbs_path.open("a") as thumbs,
         ThreadPoolExecutor(1) as ahead,
     ):
-        stream = jobs(source, done, cache)
 
         def next_batch() -> tuple[list[Job], NDArray[np.float32]]:
             batch = list(islice(stream, BATCH))
@@ -257,12 +265,11 @@ def _build_source(source: str, cache: Path) -> None:
                     thumbs.write(json.dumps({"id": job.record.id, "webp": webp}) + "\n")
             thumbs.flush()
             made += len(batch)
-            if made % (BATCH * 10) == 0 or made + len(done) >= total:
+            if made % (BATCH * 10) == 0 or made + done >= total:
                 speed = made / (time.monotonic() - started)
-                left = max(total - made - len(done), 0) / speed
+                left = max(total - made - done, 0) / speed
                 print(
-                    f"features {source}: {made + len(done)}/{total}, {speed:.1f}/s, "
-                    f"{left:.0f} s left",
+                    f"features {source}: {made + done}/{total}, {speed:.1f}/s, {left:.0f} s left",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
 
@@ -376,11 +383,16 @@ def _trim_to_whole_rows(path: Path) -> list[Record]:
     if not path.is_file():
         path.with_suffix(".jsonl").unlink(missing_ok=True)
         return []
-    records = _read_records(path.with_suffix(".jsonl"))
+    index = path.with_suffix(".jsonl")
+    records = _read_records(index)
     rows = min(len(records), path.stat().st_size // _ROW_BYTES)
-    os.truncate(path, rows * _ROW_BYTES)
-    text = "".join(json.dumps(asdict(record)) + "\n" for record in records[:rows])
-    path.with_suffix(".jsonl").write_text(text)
+    if path.stat().st_size != rows * _ROW_BYTES:
+        os.truncate(path, rows * _ROW_BYTES)
+    whole = index.read_text() if index.is_file() else ""
+    kept = "".join(whole.splitlines(keepends=True)[:rows])
+    if kept != whole:  # others may be reading: nothing is written where nothing is wrong
+        index.with_suffix(".tmp").write_text(kept)
+        index.with_suffix(".tmp").replace(index)
     return records[:rows]
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.threads import default_threads
 from tinyalign.training import stages
 from tinyalign.training.default_bank import build_bank
 from tinyalign.training.features import ORDER, build_features, load_features
+from tinyalign.training.llava import Data, check_together, encode_data
 from tinyalign.training.parts import new_parts, save_parts
 from tinyalign.training.pictures import imagenet_classes
 from tinyalign.training.plots import plot_losses
@@ -31,9 +35,10 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
     return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
 
 
-def prepare_world(recipe: Recipe) -> World:
-    """Features, untrained parts and the training bank."""
-    cells, records = load_features(sources=ORDER)
+def prepare_world(recipe: Recipe, data: Sequence[str] = ()) -> World:
+    """Features, untrained parts and the training bank. `data` names sources beside the usual ones
+    (see `llava.py`)."""
+    cells, records = load_features(sources=(*ORDER, *data))
     train = [record for record in records if record.split == "train"]
     classes = [picture.name for picture in imagenet_classes(cache_dir())]
     kinds = sorted({record.kind for record in train if record.kind})
@@ -44,17 +49,41 @@ def prepare_world(recipe: Recipe) -> World:
     return world
 
 
-def train(recipe: Recipe, directory: Path, until: str) -> None:
+def check_same_data(directory: Path, sources: Sequence[str]) -> None:
+    """Note in a run directory what data it trains on beside the usual.
+
+    Raises InputError when the run has begun with other data.
+    """
+    path = directory / "data.json"
+    known = json.loads(path.read_text()) if path.exists() else []
+    if known == list(sources):
+        return
+    if any((directory / name).exists() for name in ("key.npz", "checkpoint.pt")):
+        raise InputError(
+            f"{directory} holds a run on other data (--data differs or a file has changed): "
+            "continue it as it was started, or choose another --out"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(sources)))
+
+
+def train(recipe: Recipe, directory: Path, until: str, data: Sequence[Data] = ()) -> None:
     """Run the stages that are left and write the weights.
 
     `until` is the last stage: "prepare", "0", "1" or "2". The run directory gets `checkpoint.pt`,
-    `log.jsonl`, `loss.png` and `weights/`. Raises InputError when it holds a run of another recipe.
+    `log.jsonl`, `loss.png` and `weights/`. Raises InputError when it holds a run of another recipe
+    or on other data.
     """
     torch.set_num_threads(default_threads())
+    sources = [one.source for one in data]
+    check_together(data)
+    check_same_data(directory, sources)
+    for one in data:
+        encode_data(one)
     build_features()
     if until == "prepare":
         return
-    world = prepare_world(recipe)
+    world = prepare_world(recipe, sources)
     parts = world.parts
     run = stages.Run(parts, world, recipe, directory, stages.for_training(parts.lm))
     stages.load_checkpoint(run)
@@ -70,6 +99,6 @@ def train(recipe: Recipe, directory: Path, until: str) -> None:
     shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run
     save_parts(parts, weights)
     stages.save_lora(run, weights / "lora")
-    build_bank(world, weights / "bank.sqlite")
+    build_bank(world, weights / "bank.sqlite", (*ORDER, *sources))
     plot_losses(run.log, directory / "loss.png")
     print(f"weights: {weights}\nloss curve: {directory / 'loss.png'}")

@@ -76,7 +76,7 @@ _UNCOUNTED = re.compile(
 @dataclass(frozen=True)
 class Item:
     """One question with its answer in a sentence, the bare answer, and its type: name, kind,
-    colour, count, position, yesno, caption, gloss, shape."""
+    colour, count, position, yesno, caption, gloss, shape, given."""
 
     question: str
     answer: str
@@ -139,6 +139,8 @@ def questions_of(record: Record, rng: Random) -> list[Item]:
     """What can be asked of a record's picture, one or two wordings a type drawn with `rng`."""
     if record.source == "easy_vqa":
         return _easy_vqa(record, rng)
+    if record.source == "llava":  # asked as it was given
+        return [Item(question, answer, answer, "given") for question, answer in record.questions]
     if record.task == "pair":
         return _pair(record, rng)
     if record.task in ("count", "position", "colour"):

@@ -231,6 +231,7 @@ def train_slots(run: Run) -> None:
     """Connector and the memories' picture token: per-slot cross-entropy, without the LM."""
     stage, parts, world = run.recipe.slots, run.parts, run.world
     rows = rows_by_source(world.records)
+    rows.pop("llava", None)  # nobody tells the names of what it shows
     everything = [row for found in rows.values() for row in found]
     targets = torch.full((len(world.records), parts.connector.shape.tokens), -100)
     targets[everything] = slot_targets(parts, [world.records[row] for row in everything])

@@ -107,6 +107,11 @@ def thumbnail(cutout: Image.Image, side: int = 48) -> bytes:
     return stream.getvalue()
 
 
+def unmirrored_view(picture: Image.Image, rng: Random) -> Image.Image:
+    """One augmented view RGB [260, 260] of a whole RGB picture in which left stays left."""
+    return _lit(_cropped(picture, rng, mirror=False), rng)
+
+
 def dominant_colour(cutout: Image.Image) -> str:
     """The colour word most opaque pixels of an RGBA picture have, or "" when none is clear-cut."""
     small = cutout.copy()
@@ -192,11 +197,11 @@ def _soft_colour(rng: Random) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _cropped(picture: Image.Image, rng: Random) -> Image.Image:
+def _cropped(picture: Image.Image, rng: Random, mirror: bool = True) -> Image.Image:
     keep = rng.uniform(0.85, 1.0)
     wide, high = picture.width * keep, picture.height * keep
     left, top = rng.uniform(0, picture.width - wide), rng.uniform(0, picture.height - high)
-    if rng.random() < 0.5:
+    if mirror and rng.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     box = (left, top, left + wide, top + high)
     return picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)

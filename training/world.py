@@ -7,6 +7,7 @@ itself; and only training pictures are in the bank.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tinyalign.runtime.items import told
 from tinyalign.runtime.keys import make_key, make_keys
 from tinyalign.runtime.prompt import encode_text
 from tinyalign.training.features import Record
 from tinyalign.training.keys import calibrate, fit_key
+from tinyalign.training.llava import cut_text
 from tinyalign.training.parts import Parts
 from tinyalign.training.questions import sentence
 from tinyalign.training.recipe import Recipe
@@ -66,7 +69,9 @@ class World:
 
 
 def memory_text(record: Record) -> str:
-    """What a memory of a training picture says: name, kind and what it is."""
+    """What a memory of a training picture says: name, kind and what it is, or its first answer."""
+    if record.source == "llava":
+        return str(told(*record.questions[0]))
     if record.source == "easy_vqa":
         return f"This is a {record.colour} {record.name}."
     text = sentence(record.name)[:-1]
@@ -91,7 +96,11 @@ def make_world(
     for row, record in enumerate(records):
         views.setdefault(record.id, []).append(row)
     bank = bank_rows(records, views)
-    texts = [memory_text(records[row]) for row in bank]
+    whole = [memory_text(records[row]) for row in bank]
+    longest = parts.compressor.shape.max_text_tokens
+    texts = [cut_text(parts.tokenizer, text, longest) for text in whole]
+    if cut := sum(a != b for a, b in zip(texts, whole, strict=True)):
+        print(f"{cut} memories are cut: they hold at most {longest} tokens", file=sys.stderr)
     means = np.stack([text_mean(parts, text) for text in texts])
     if parts.keys is None:
         train = [
