@@ -12,7 +12,7 @@ MODEL_SOURCES := $(wildcard training/weights/* export/*.py) \
 	$(addprefix training/,modules.py parts.py vision.py lm.py) \
 	$(addprefix runtime/,manifest.py images.py keys.py memory_text.py prompt.py)
 
-.PHONY: help demo test lint format bench train clean
+.PHONY: help demo test lint format bench claims-quick train clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,8 @@ help:
 	@echo "make lint    check format, style and types"
 	@echo "make format  put the code into the house format"
 	@echo "make bench   measure the default model, beside the same pipeline in torch"
+	@echo "make claims-quick"
+	@echo "             one small cell of the claims table again, compared with the one that is kept"
 	@echo "make train   train the default weights anew (hours; can be stopped and resumed)"
 	@echo "make clean   remove the environment and all that was built"
 
@@ -42,6 +44,10 @@ format: .venv/.dev
 
 bench: .venv/.dev $(MODEL)
 	$(BIN)/python benchmarks/latency.py --torch
+
+claims-quick: .venv/.dev
+	$(BIN)/tinyalign-train --until prepare
+	$(BIN)/python benchmarks/claims.py --quick
 
 train: .venv/.dev
 	$(BIN)/tinyalign-train --install

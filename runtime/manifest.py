@@ -114,6 +114,7 @@ class PromptSpec:
     ]  # words and falling score floors; below the last: dropped
     stop: tuple[str, ...]
     top_k: int = 3
+    margin: float = 2.0  # a memory that scores so much less than the best one is dropped
     memory_mode: MemoryMode = "latent"
     # Bonus on the logit of the next token of a memory's sentence, after an answer has repeated
     # 1, 2, .. tokens of it.

@@ -50,6 +50,7 @@ from tinyalign.runtime.prompt import (
     embed,
     encode_question,
     encode_text,
+    relevant,
     similarity_word,
     token_count,
 )
@@ -163,8 +164,11 @@ class TinyAlign:
         top_k: int | None = None,
         where: Mapping[str, str | int | float | bool] | None = None,
     ) -> list[Hit]:
-        """The memories an answer would rest on, nearest first; none below its bank's score floor,
-        which is the model's own where a bank has none."""
+        """The memories an answer would rest on, nearest first.
+
+        At most ``top_k``; none below its bank's score floor, which is the model's own where a bank
+        has none; and none that is far behind the best (``PromptSpec.margin``).
+        """
         prompt = self._parts.manifest.prompt
         if top_k is not None and top_k < 1:
             raise InputError(
@@ -178,7 +182,8 @@ class TinyAlign:
             floor = bank.score_floor
             hits = bank.search(key, count, where)
             near += [h for h in hits if similarity_word(prompt, h.score, floor) is not None]
-        return sorted(near, key=lambda hit: -hit.score)[:count]
+        near = sorted(near, key=lambda hit: -hit.score)[:count]
+        return near[: relevant(prompt, [hit.score for hit in near])]
 
     def ask(
         self,

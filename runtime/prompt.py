@@ -117,6 +117,14 @@ def similarity_word(spec: PromptSpec, score: float, floor: float | None = None) 
     return next((word for word, least in spec.similarity if score >= least), last_word)
 
 
+def relevant(spec: PromptSpec, scores: Sequence[float]) -> int:
+    """How many of the retrieved memories are used, by their scores, highest first.
+
+    A clear winner stands alone: what scores more than ``spec.margin`` less shows something else.
+    """
+    return sum(score >= scores[0] - spec.margin for score in scores)
+
+
 def token_count(segments: Sequence[Segment], memory_lengths: Sequence[int] = ()) -> int:
     """Number of LM tokens of a prompt whose memories have the given numbers of tokens."""
     count = 0

@@ -30,7 +30,7 @@ from tinyalign.training.batch import (
     text_input,
 )
 from tinyalign.training.default_bank import latents_of
-from tinyalign.training.episodes import UNKNOWN, draw_episode, rows_by_source
+from tinyalign.training.episodes import UNKNOWN, Found, draw_episode, rows_by_source, show
 from tinyalign.training.facts import draw_fact
 from tinyalign.training.features import Record
 from tinyalign.training.modules import (
@@ -59,8 +59,6 @@ RECIPE = Recipe(
     bags=Stage(4, 3, {"compressor": 1e-2, "rag_connector": 1e-2}),
     align=Stage(6, 2, {"connector": 1e-2, "rag_connector": 1e-2, "copy": 1e-2}),
     finetune=Stage(4, 2, {"lora": 1e-2, "connector": 1e-3, "rag_connector": 1e-3, "copy": 1e-2}),
-    settle=Stage(2, 2, {"lora": 1e-2, "connector": 1e-3, "rag_connector": 1e-3, "copy": 1e-2}),
-    polish=Stage(2, 2, {"lora": 1e-2, "connector": 1e-3, "rag_connector": 1e-3, "copy": 1e-2}),
 )
 
 
@@ -85,6 +83,10 @@ def tiny_parts() -> Parts:
 
 @pytest.fixture
 def world() -> World:
+    return tiny_world()
+
+
+def tiny_world() -> World:
     """Twelve pictures of two views each, of which some are held out."""
     rng = np.random.default_rng(0)
     records, cells = [], []
@@ -209,6 +211,22 @@ def test_a_picture_never_retrieves_itself_or_another_view(world: World) -> None:
         found = world.retrieve(row, "What is this?", 5)
         assert len(found) == 5
         assert all(world.records[world.bank[place]].id != record.id for place, _ in found)
+
+
+def test_a_scene_retrieves_none_of_its_pictures(world: World) -> None:
+    scene = replace(world.records[0], id="composites/0", pictures=("emoji/0", "emoji/1"))
+    cells = np.concatenate([world.cells, world.cells[:1]])
+    with_scene = make_world(world.parts, cells, [*world.records, scene], RECIPE)
+    row = len(world.records)
+    found = {with_scene.records[with_scene.bank[p]].id for p, _ in with_scene.retrieve(row, "x", 9)}
+    assert len(found) == 7 and not found & set(scene.pictures)
+
+
+def test_what_is_far_behind_the_best_is_not_shown(world: World) -> None:
+    world.parts.prompt = replace(world.parts.prompt, margin=0.1)
+    found = [Found(0.9, "best", 0), Found(0.85, "near", 2), Found(0.7, "far", 4)]
+    assert [m.text for m in show(world, found)] == ["best", "near"]
+    assert [m.text for m in show(world, found, crowded=True)] == ["best", "near", "far"]
 
 
 def test_the_bank_holds_training_pictures_only(world: World) -> None:

@@ -23,7 +23,13 @@ from tinyalign.runtime.images import Picture, load_picture, preprocess
 from tinyalign.runtime.keys import make_key, mean_embedding
 from tinyalign.runtime.manifest import ImageSpec, MemoryMode, PromptSpec
 from tinyalign.runtime.memory_text import MemoryText, add_copy_bonus, read_memory
-from tinyalign.runtime.prompt import build_prompt, embed, encode_question, similarity_word
+from tinyalign.runtime.prompt import (
+    build_prompt,
+    embed,
+    encode_question,
+    relevant,
+    similarity_word,
+)
 from tinyalign.training.lm import token_table
 from tinyalign.training.parts import Parts
 
@@ -75,7 +81,8 @@ def recall(parts: Parts, banks: Sequence[MemoryBank], cells: Tensor, question: s
     hits = search_banks(banks, key, parts.prompt.top_k, None)
     floors = {bank.name: bank.score_floor for bank in banks}
     prompt = parts.prompt
-    return [h for h in hits if similarity_word(prompt, h.score, floors[h.bank]) is not None]
+    hits = [h for h in hits if similarity_word(prompt, h.score, floors[h.bank]) is not None]
+    return hits[: relevant(prompt, [hit.score for hit in hits])]
 
 
 @torch.inference_mode()

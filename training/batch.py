@@ -9,7 +9,7 @@ runtime sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,16 @@ class Batch:
     chunk_places: Tensor  # [M] where each chunk's token goes, flat indices into B * N
     chunk_rows: Tensor  # [M] which chunk it is, flat indices into K * C
     copies: Copies  # bonuses for copying, see runtime.memory_text
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        moved = {
+            item.name: getattr(self, item.name).to(device)
+            for item in fields(self)
+            if item.name != "copies"
+        }
+        places = (self.copies.rows, self.copies.ids, self.copies.lengths)
+        return Batch(**moved, copies=Copies(*(tensor.to(device) for tensor in places)))
 
 
 @dataclass

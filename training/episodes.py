@@ -17,9 +17,16 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from tinyalign.runtime.manifest import MemoryMode
-from tinyalign.runtime.prompt import similarity_word
+from tinyalign.runtime.prompt import relevant, similarity_word
 from tinyalign.training.batch import Episode, RetrievedMemory, Turn
-from tinyalign.training.facts import ATTRIBUTES, Fact, draw_attribute, draw_fact, invented_name
+from tinyalign.training.facts import (
+    Attribute,
+    Fact,
+    attribute_named,
+    draw_attribute,
+    draw_fact,
+    invented_name,
+)
 from tinyalign.training.features import Record
 from tinyalign.training.questions import noun_phrase, questions_of, sentence
 from tinyalign.training.recipe import Recipe
@@ -40,7 +47,7 @@ SHARES = {
     "furniture": 8,
     "prototypes": 12,
     "easy_vqa": 14,
-    "composites": 16,
+    "composites": 20,
     "llava": 50,  # where there is --data
 }
 
@@ -54,13 +61,24 @@ class Taught:
     text: str
 
 
-def rows_by_source(records: Sequence[Record]) -> dict[str, list[int]]:
+def rows_by_source(
+    records: Sequence[Record], sources: Sequence[str] = tuple(SHARES)
+) -> dict[str, list[int]]:
     """Training rows of every source."""
-    rows: dict[str, list[int]] = {source: [] for source in SHARES}
+    rows: dict[str, list[int]] = {source: [] for source in sources}
     for row, record in enumerate(records):
         if record.split == "train" and record.source in rows:
             rows[record.source].append(row)
     return {source: found for source, found in rows.items() if found}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A memory as search found it."""
+
+    score: float
+    text: str
+    row: int  # of its picture's features
 
 
 def draw_episode(world: World, rows: dict[str, list[int]], recipe: Recipe, rng: Random) -> Episode:
@@ -127,39 +145,53 @@ def visual_turns(record: Record, count: int, rng: Random) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def show(world: World, place: int, score: float, text: str = "") -> RetrievedMemory | None:
-    """A memory of the bank as the prompt shows it, or None when it is under the score floor."""
-    word = similarity_word(world.parts.prompt, score)
-    if word is None:
-        return None
-    return RetrievedMemory(text or world.bank_texts[place], int(world.bank[place]), word)
+def show(
+    world: World, found: Sequence[Found], crowded: bool = False
+) -> tuple[RetrievedMemory, ...]:
+    """What was found, best first, as the prompt shows it: without what is under the score floor
+    and, unless `crowded`, without what is far behind the best."""
+    prompt = world.parts.prompt
+    scores = [memory.score for memory in found]
+    used = found if crowded else found[: relevant(prompt, scores)]
+    words = [similarity_word(prompt, memory.score) for memory in used]
+    return tuple(
+        RetrievedMemory(memory.text, memory.row, word)
+        for memory, word in zip(used, words, strict=True)
+        if word
+    )
+
+
+def found_near(world: World, row: int, question: str, count: int) -> list[Found]:
+    """The nearest memories of other pictures, with their places in the bank."""
+    return [
+        Found(score, world.bank_texts[place], int(world.bank[place]))
+        for place, score in world.retrieve(row, question, count)
+    ]
 
 
 def neighbours(
     world: World, row: int, question: str, recipe: Recipe
 ) -> tuple[RetrievedMemory, ...]:
     """The nearest memories of other pictures."""
-    found = world.retrieve(row, question, recipe.prompt.top_k)
-    shown = (show(world, place, score) for place, score in found)
-    return tuple(memory for memory in shown if memory)
+    return show(world, found_near(world, row, question, recipe.prompt.top_k))
 
 
 def misleading(world: World, row: int, recipe: Recipe, rng: Random) -> tuple[RetrievedMemory, ...]:
     """Memories of unrelated pictures, with the similarity words that the real ones would have
     had."""
     found = []
-    for _, score in world.retrieve(row, NAME_QUESTIONS[0], recipe.prompt.top_k):
+    for near in found_near(world, row, NAME_QUESTIONS[0], recipe.prompt.top_k):
         place = rng.randrange(len(world.bank))
         if world.records[world.bank[place]].id != world.records[row].id:
-            found.append(show(world, place, score))
-    return tuple(memory for memory in found if memory)
+            found.append(Found(near.score, world.bank_texts[place], int(world.bank[place])))
+    return show(world, found)
 
 
 def draw_taught(
     world: World, record: Record, rng: Random, attributes: Sequence[str] = ()
 ) -> Taught:
-    """Invent what a person may tell about a picture. `attributes` names facts that must be among
-    it.
+    """Invent what a person may tell about a picture. `attributes` names kinds of facts that must be
+    among it.
 
     Sometimes the name is the picture's own or another thing's: a memory is right also where it says
     what the picture does not look like.
@@ -170,7 +202,7 @@ def draw_taught(
         name = record.name or name
     elif chance < 0.35:
         name = world.records[rng.choice(world.bank)].name or name
-    facts = [draw_fact(rng, attribute) for attribute in ATTRIBUTES if attribute.name in attributes]
+    facts = [draw_fact(rng, attribute_named(attribute, rng)) for attribute in attributes]
     while len(facts) < rng.choice([0, 1, 1, 2, 2, 3]):
         fact = draw_fact(rng)
         if fact.attribute not in {known.attribute for known in facts}:
@@ -199,26 +231,18 @@ def taught_episode(
     row = draw_row(rows, rng, SHOWN)
     record = world.records[row]
     others = [other for other in world.views[record.id] if other != row]
+    remembered = rng.choice(others) if others else row
     taught = draw_taught(world, record, rng)
-    turns = taught_turns(record, taught, recipe, rng)
-    query = world.key(row, turns[0].question)
-    taught_score = float(query @ world.key(rng.choice(others) if others else row, taught.text))
-    ranked = [(place, score, "") for place, score in world.retrieve(row, turns[0].question, 3)]
-    if rng.random() < 0.5:  # other memories were taught too, often with the same kind of fact
-        ranked = [(place, score, rival(world, place, taught, rng)) for place, score, _ in ranked]
-    ranked.append((-1, taught_score, taught.text))
-    ranked = sorted(ranked, key=lambda entry: -entry[1])[: recipe.prompt.top_k]
-    memories: list[RetrievedMemory] = []
-    for place, score, text in ranked:
-        if place >= 0:
-            memory = show(world, place, score, text)
-        else:
-            word = similarity_word(world.parts.prompt, score)
-            memory = (
-                RetrievedMemory(text, rng.choice(others) if others else row, word) if word else None
-            )
-        if memory:
-            memories.append(memory)
+    missing = draw_missing(taught, recipe, rng)
+    turns = taught_turns(record, taught, missing, recipe, rng)
+    score = float(world.key(row, turns[0].question) @ world.key(remembered, taught.text))
+    found = found_near(world, row, turns[0].question, 3)
+    if rng.random() < 0.5:  # other memories were taught too, often with the same kinds of fact
+        asked = [fact.attribute for fact in taught.facts] + [m.name for m in missing]
+        found = [replace(near, text=rival(world, near.row, asked, rng)) for near in found]
+    found = sorted([*found, Found(score, taught.text, remembered)], key=lambda near: -near.score)
+    found = found[: recipe.prompt.top_k]
+    memories = show(world, found, crowded=rng.random() < recipe.mix.crowded)
     if not any(memory.text == taught.text for memory in memories):  # not found: nothing was taught
         missed = tuple(
             Turn(turn.question, UNKNOWN) for turn in turns if turn.answer != UNKNOWN
@@ -227,27 +251,36 @@ def taught_episode(
             *visual_turns(record, 2, rng),
             *(t for t in missed if t.question not in NAME_QUESTIONS),
         )
-    return Episode(row, tuple(memories), turns)
+    return Episode(row, memories, turns)
 
 
-def rival(world: World, place: int, taught: Taught, rng: Random) -> str:
-    """A taught text for another memory, with the same kinds of facts half of the time."""
-    attributes = [fact.attribute for fact in taught.facts] if rng.random() < 0.6 else ()
-    return draw_taught(world, world.records[world.bank[place]], rng, attributes).text
+def rival(world: World, row: int, asked: Sequence[str], rng: Random) -> str:
+    """A taught text for another memory, mostly with facts of the kinds that are asked about."""
+    told = min(len(asked), rng.choice([0, 1, 1, 2]))
+    attributes = rng.sample(asked, told)
+    return draw_taught(world, world.records[row], rng, attributes).text
 
 
-def taught_turns(record: Record, taught: Taught, recipe: Recipe, rng: Random) -> tuple[Turn, ...]:
+def draw_missing(taught: Taught, recipe: Recipe, rng: Random) -> tuple[Attribute, ...]:
+    """A kind of fact that the taught text does not tell, to be asked about; often none."""
+    if rng.random() >= recipe.mix.missing:
+        return ()
+    known = {fact.attribute for fact in taught.facts}
+    missing = draw_attribute(rng)
+    while missing.name in known:
+        missing = draw_attribute(rng)
+    return (missing,)
+
+
+def taught_turns(
+    record: Record, taught: Taught, missing: Sequence[Attribute], recipe: Recipe, rng: Random
+) -> tuple[Turn, ...]:
     """Questions whose answers stand in the taught text, one that no memory answers, one on
     looks."""
     count = recipe.turns
     turns = [Turn(rng.choice(NAME_QUESTIONS), sentence(taught.name))]
     turns += [Turn(fact.ask, fact.answer) for fact in taught.facts[: count - 1]]
-    known = {fact.attribute for fact in taught.facts}
-    if rng.random() < recipe.mix.missing:
-        missing = draw_attribute(rng)
-        while missing.name in known:
-            missing = draw_attribute(rng)
-        turns.append(Turn(rng.choice(missing.asks), UNKNOWN))
+    turns += [Turn(rng.choice(attribute.asks), UNKNOWN) for attribute in missing]
     if rng.random() < 0.15:
         answer = f"Yes, this is {noun_phrase(taught.name)}."
         turns.append(Turn(f"Is this {noun_phrase(taught.name)}?", answer))

@@ -347,7 +347,17 @@ def draw_attribute(rng: Random) -> Attribute:
     """One of the kinds with wordings of their own, or a noun in general wordings."""
     if rng.random() >= NOUN_SHARE:
         return rng.choice(ATTRIBUTES)
-    noun = rng.choice(NOUNS)
+    return noun_attribute(rng.choice(NOUNS), rng)
+
+
+def attribute_named(name: str, rng: Random) -> Attribute:
+    """The kind of fact with this name."""
+    own = next((attribute for attribute in ATTRIBUTES if attribute.name == name), None)
+    return own or noun_attribute(name, rng)
+
+
+def noun_attribute(noun: str, rng: Random) -> Attribute:
+    """A noun in general wordings, with values of a kind that is drawn."""
     make = rng.choice(["name", "name", "code", "number", ""])
     values = tuple(rng.choice([TOWNS, COMPANIES, MATERIALS, MONTHS, DAYS])) if not make else ()
     return Attribute(

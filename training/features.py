@@ -30,6 +30,7 @@ from PIL import Image
 from tinyalign.runtime.images import load_picture, preprocess
 from tinyalign.runtime.manifest import ImageSpec
 from tinyalign.training import pictures as source_pictures
+from tinyalign.training import styles
 from tinyalign.training.composites import draw_scene, make_scenes
 from tinyalign.training.pictures import (
     EASY_COLOURS,
@@ -39,11 +40,14 @@ from tinyalign.training.pictures import (
     read_image,
 )
 from tinyalign.training.sources import SourceError, cache_dir, vision_weights
+from tinyalign.training.styles import read_styled
 from tinyalign.training.views import dominant_colour, has_alpha, rng_of, thumbnail, view
 from tinyalign.training.vision import CELLS, IMAGE_SIZE, WIDTH, load_vision
 
 ORDER = ("emoji", "photos", "easy_vqa", "furniture", "prototypes", "composites", "clipart")
+STYLES = (*styles.EMOJI_STYLES, "turned")  # only the key head learns from them
 VIEWS = {"emoji": 3, "photos": 2, "easy_vqa": 1, "furniture": 2, "clipart": 2}
+VIEWS |= {"noto": 2, "twemoji": 2, "flat": 1, "turned": 1}
 SCENES = 4000
 BATCH = 16
 PROTOTYPE_VIEWS = 2
@@ -133,7 +137,7 @@ def load_thumbnails(cache: Path | None = None, sources: Sequence[str] = ORDER) -
     return found
 
 
-def build_features(cache: Path | None = None, sources: Sequence[str] = ORDER) -> None:
+def build_features(cache: Path | None = None, sources: Sequence[str] = ORDER + STYLES) -> None:
     """Make what is missing of the feature cache; progress with time left on stderr."""
     cache = cache or cache_dir()
     features_dir(cache).mkdir(parents=True, exist_ok=True)
@@ -152,18 +156,20 @@ def jobs(source: str, done: set[tuple[str, int]], cache: Path) -> Iterator[Job]:
     if source == "composites":
         yield from _scene_jobs(done, cache)
         return
-    for picture in source_pictures.pictures_of(source, cache):
+    for picture in _pictures(source, cache):
         todo = [v for v in range(VIEWS[source]) if (picture.id, v) not in done]
         if not todo:
             continue
         try:
-            image = read_image(picture, cache)
+            image = read_styled(picture, cache) if source in STYLES else read_image(picture, cache)
         except (ValueError, OSError) as error:
             print(f"{picture.id} left out: {error}", file=sys.stderr)
             continue
         colour = _colour(picture, image)
         for index in todo:
-            small = thumbnail(image) if index == 0 and picture.split == "train" else b""
+            small = b""
+            if index == 0 and picture.split == "train" and source not in STYLES:
+                small = thumbnail(image)
             yield Job(record_of(picture, index, colour), _view(picture, image, index), small)
 
 
@@ -181,7 +187,7 @@ def _view(picture: Picture, image: Image.Image, index: int) -> Image.Image:
     if plain:
         return load_picture(image)
     rng = rng_of(f"view/{picture.id}/{index}")
-    return view(image, rng, gentle=picture.source in ("clipart", "furniture"))
+    return view(image, rng, gentle=picture.source in ("clipart", "furniture", "turned"))
 
 
 def _colour(picture: Picture, image: Image.Image) -> str:
@@ -277,7 +283,15 @@ def append_rows(source: str, stream: Iterator[Job], done: int, total: int, cache
 def _total(source: str, cache: Path) -> int:
     if source == "composites":
         return SCENES
-    return VIEWS[source] * len(source_pictures.pictures_of(source, cache))
+    return VIEWS[source] * len(_pictures(source, cache))
+
+
+def _pictures(source: str, cache: Path) -> list[Picture]:
+    if source == "turned":
+        return styles.turned_furniture(cache)
+    if source in STYLES:
+        return styles.styled_emoji(source, cache)
+    return source_pictures.pictures_of(source, cache)
 
 
 def encoder(cache: Path) -> Callable[[NDArray[np.float32]], Cells]:
@@ -397,4 +411,4 @@ def _trim_to_whole_rows(path: Path) -> list[Record]:
 
 
 if __name__ == "__main__":
-    build_features(sources=sys.argv[1:] or ORDER)
+    build_features(sources=sys.argv[1:] or ORDER + STYLES)

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from tinyalign.bank.errors import InputError
@@ -69,6 +69,12 @@ class Parts:
     def embeddings(self) -> Tensor:
         """The LM's token embeddings [V, D], frozen."""
         return token_table(self.lm)
+
+    def to(self, device: torch.device) -> None:
+        """Move all modules to a device."""
+        modules: list[nn.Module] = [self.connector, self.compressor, self.rag_connector, self.lm]
+        for module in modules:
+            module.to(device)
 
     def finish(self) -> None:
         """Round what was trained as it is saved, so that every later use sees the same, and put the

@@ -212,7 +212,7 @@ _FURNITURE_PREFER = frozenset(
 
 def furniture(cache: Path | None = None) -> list[Picture]:
     """Icons of furniture and household things (CC0 or CC-BY, per catalogue and maker)."""
-    root = unpack("sweethome3d-furniture", cache) / "usr" / "share" / "sweethome3d" / "furniture"
+    root = furniture_dir(cache)
     wordnet = load_wordnet(cache)
     pictures = []
     for catalogue, licence in _FURNITURE_LICENCES.items():
@@ -454,10 +454,7 @@ def read_image(picture: Picture, cache: Path | None = None) -> Image.Image:
         path = unpack("easy-vqa", cache) / "easy_vqa" / "data" / picture.file
     elif picture.source == "furniture":
         archive, member = picture.file.split("!")
-        root = (
-            unpack("sweethome3d-furniture", cache) / "usr" / "share" / "sweethome3d" / "furniture"
-        )
-        with zipfile.ZipFile(root / archive) as stored:
+        with zipfile.ZipFile(furniture_dir(cache) / archive) as stored:
             return Image.open(io.BytesIO(stored.read(member))).convert("RGBA")
     else:
         root = unpack("openclipart-svg", cache) / "usr" / "share" / "openclipart" / "svg"
@@ -466,14 +463,31 @@ def read_image(picture: Picture, cache: Path | None = None) -> Image.Image:
         return image.convert("RGBA")
 
 
+def furniture_dir(cache: Path | None = None) -> Path:
+    """The folder of the furniture catalogues."""
+    return unpack("sweethome3d-furniture", cache) / "usr" / "share" / "sweethome3d" / "furniture"
+
+
 def render_svg(path: Path, size: int = CLIPART_PIXELS) -> Image.Image:
     """An SVG as RGBA, its longer side about `size` pixels; its own transparency is kept."""
     import resvg_py
 
-    png = bytes(
-        resvg_py.svg_to_bytes(svg_path=str(path), width=size, dpi=96, skip_system_fonts=True)
+    return _rgba(
+        resvg_py.svg_to_bytes(svg_path=str(path), width=size, dpi=96, skip_system_fonts=True), size
     )
-    with Image.open(io.BytesIO(png)) as opened:
+
+
+def svg_image(text: str, size: int = CLIPART_PIXELS) -> Image.Image:
+    """An SVG's text as RGBA, likewise."""
+    import resvg_py
+
+    return _rgba(
+        resvg_py.svg_to_bytes(svg_string=text, width=size, dpi=96, skip_system_fonts=True), size
+    )
+
+
+def _rgba(png: bytes, size: int) -> Image.Image:
+    with Image.open(io.BytesIO(bytes(png))) as opened:
         image = opened.convert("RGBA")
     image.thumbnail((size, size))
     return image

@@ -8,20 +8,24 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from tinyalign.runtime.errors import InputError
+from tinyalign.runtime.keys import KeyArrays, load_key_arrays, save_key_arrays
 from tinyalign.runtime.threads import default_threads
-from tinyalign.training import stages
+from tinyalign.training import key_head, stages
 from tinyalign.training.default_bank import build_bank
-from tinyalign.training.features import ORDER, build_features, load_features
+from tinyalign.training.features import ORDER, STYLES, Record, build_features, load_features
 from tinyalign.training.llava import Data, check_together, encode_data
-from tinyalign.training.parts import new_parts, save_parts
+from tinyalign.training.parts import Parts, new_parts, save_parts
 from tinyalign.training.pictures import imagenet_classes
 from tinyalign.training.plots import plot_losses
 from tinyalign.training.recipe import Recipe, Stage
 from tinyalign.training.sources import cache_dir
-from tinyalign.training.world import World, calibrated_similarity, make_world
+from tinyalign.training.world import World, calibrated_similarity, fit_keys, make_world
 
 
 def scaled(recipe: Recipe, scale: float) -> Recipe:
@@ -35,18 +39,38 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
     return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
 
 
-def prepare_world(recipe: Recipe, data: Sequence[str] = ()) -> World:
-    """Features, untrained parts and the training bank. `data` names sources beside the usual ones
-    (see `llava.py`)."""
-    cells, records = load_features(sources=(*ORDER, *data))
+def prepare_world(recipe: Recipe, directory: Path, data: Sequence[str] = ()) -> World:
+    """Features, the key head (trained once, kept in `directory`), untrained parts and the training
+    bank. `data` names sources beside the usual ones (see `llava.py`)."""
+    cells, records = load_features(sources=(*ORDER, *STYLES, *data))
     train = [record for record in records if record.split == "train"]
     classes = [picture.name for picture in imagenet_classes(cache_dir())]
     kinds = sorted({record.kind for record in train if record.kind})
     parts = new_parts(recipe, classes, sorted({r.name for r in train if r.name}), kinds)
+    parts.keys = key_recipe(parts, cells, records, recipe, directory / "key.npz")
     world = make_world(parts, cells, records, recipe)
     floors = calibrated_similarity(world, recipe.seed)
     parts.prompt = dataclasses.replace(parts.prompt, similarity=floors)
     return world
+
+
+def key_recipe(
+    parts: Parts,
+    cells: NDArray[np.float16],
+    records: Sequence[Record],
+    recipe: Recipe,
+    file: Path,
+) -> KeyArrays:
+    """The key recipe that lies in a file, or a new one, which is written there."""
+    if not file.exists():
+        fitted = fit_keys(parts, cells, records, recipe)
+        learned = key_head.learn_key_head(
+            fitted, cells[:, 0].astype(np.float32), records, recipe.seed
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_key_arrays(file.with_suffix(".tmp"), learned)
+        file.with_suffix(".tmp").replace(file)
+    return load_key_arrays(file)
 
 
 def check_same_data(directory: Path, sources: Sequence[str]) -> None:
@@ -75,17 +99,22 @@ def train(recipe: Recipe, directory: Path, until: str, data: Sequence[Data] = ()
     or on other data.
     """
     torch.set_num_threads(default_threads())
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     sources = [one.source for one in data]
     check_together(data)
-    check_same_data(directory, sources)
-    for one in data:
-        encode_data(one)
-    build_features()
-    if until == "prepare":
-        return
-    world = prepare_world(recipe, sources)
+    with accelerator.main_process_first():  # the others find the files it made
+        check_same_data(directory, sources)
+        for one in data:
+            encode_data(one)
+        build_features()
+        if until == "prepare":
+            return
+        world = prepare_world(recipe, directory, sources)
     parts = world.parts
-    run = stages.Run(parts, world, recipe, directory, stages.for_training(parts.lm))
+    run = stages.Run(
+        parts, world, recipe, directory, stages.for_training(parts.lm), accelerator=accelerator
+    )
+    parts.to(accelerator.device)
     stages.load_checkpoint(run)
     stages.train_bags(run)
     stages.train_slots(run)
@@ -94,6 +123,9 @@ def train(recipe: Recipe, directory: Path, until: str, data: Sequence[Data] = ()
     if until >= "2":
         stages.with_lora(run)
         stages.train_finetune(run)
+    if not accelerator.is_main_process:
+        return
+    parts.to(torch.device("cpu"))
     parts.finish()
     weights = directory / "weights"
     shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run

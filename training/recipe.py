@@ -28,6 +28,10 @@ PROMPT = PromptSpec(
     similarity=(("same", 0.8), ("close", 0.6), ("similar", 0.4)),
     stop=("<|im_end|>", "<|endoftext|>"),
     top_k=3,
+    # Another view of a picture among 12,000 memories, held-out things: where it is found second or
+    # third it scores at most 0.1 less than the first in .96 of cases; where it is found first, it
+    # is ahead of all others by more than 0.1 in .75, and then stands alone.
+    margin=0.1,
     memory_mode="text",  # reads best: docs/memory-bank.md, "How well teaching works"
 )
 
@@ -52,10 +56,11 @@ class Mix:
     neighbours: float = 0.35  # only other pictures
     misleading: float = 0.10  # memories of unrelated pictures
     shuffled: float = 0.25  # of all: memories not in the order of their scores
-    text: float = 0.2  # of all: memories as their whole text
+    text: float = 0.7  # of all: memories as their whole text
     both: float = 0.1  # of all: latents and text; the rest latents only
-    missing: float = 0.45  # of what was taught: a fact that nobody told is asked for as well
-    unknown: float = 0.3  # of all others: likewise
+    crowded: float = 0.3  # of what was taught: others are shown however far behind they are
+    missing: float = 0.5  # of what was taught: a fact that nobody told is asked for as well
+    unknown: float = 0.35  # of all others: likewise
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,6 @@ class Recipe:
     image_key_width: int = 192
     text_key_width: int = 64
     mix: Mix = field(default_factory=Mix)
-    settle_mix: Mix = field(
-        default_factory=lambda: Mix(text=0.7, both=0.15, missing=0.6, unknown=0.4)
-    )
-    polish_mix: Mix = field(default_factory=lambda: Mix(text=0.9, both=0.05))
     lora_rank: int = 16
     lora_alpha: int = 32
     turns: int = 3  # questions an episode asks; they share the picture and the memories
@@ -83,17 +84,8 @@ class Recipe:
     slots: Stage = Stage(700, 128, {"connector": 1.5e-3, "memory_picture": 1.5e-3})
     align: Stage = Stage(50, 8, {"connector": 1e-4, "rag_connector": 2e-4, "copy": 2e-2})
     finetune: Stage = Stage(
-        500,
+        600,
         8,
         {"lora": 8e-4, "connector": 5e-5, "rag_connector": 1e-4, "copy": 1e-2},
         warmup=20,
-    )
-    settle: Stage = Stage(
-        200,
-        8,
-        {"lora": 4e-4, "connector": 3e-5, "rag_connector": 1e-4, "copy": 5e-3},
-        warmup=20,
-    )
-    polish: Stage = Stage(
-        160, 8, {"lora": 4e-4, "connector": 3e-5, "rag_connector": 1e-4, "copy": 5e-3}
     )

@@ -5,10 +5,10 @@ interrupted.
        slots        connector: every image token names its part (name, kind, colour, number, place)
     1  align        connector and RAG connector with retrieved memories, frozen LM
     2  finetune     LoRA on the LM with mixed episodes (TinyAlign, arXiv 2505.12884, section 3.3)
-       settle       the same, mostly with memories as text, and with more facts that nobody told
-       polish       the same, with fewer of those
 
 What a step sees depends on (seed, stage, step) only, so a resumed run equals an uninterrupted one.
+Several processes (`accelerate launch`) share the examples of a step and add up their gradients, so
+they take the steps that one process would.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ from tinyalign.training.features import Record
 from tinyalign.training.lm import token_table
 from tinyalign.training.modules import COSINE_SCALE
 from tinyalign.training.parts import Parts
-from tinyalign.training.recipe import Mix, Recipe, Stage
+from tinyalign.training.recipe import Recipe, Stage
 from tinyalign.training.vocabulary import COLOURS, NUMBERS, PLACES, name_ids, word_id
 from tinyalign.training.world import World, cells_of
 
@@ -49,6 +50,11 @@ CHECKPOINT_SECONDS = 60.0
 IMAGE_DROPOUT = 0.1  # share of pictures whose image tokens are blanked in the LM stages
 GROUP = 4  # batches drawn together, so that episodes of one length share a batch
 BITS = 1 / math.log(2)
+# How often each source is drawn in the slot stage.
+SLOT_SHARES = {
+    "emoji": 5, "clipart": 4, "furniture": 2, "prototypes": 4, "easy_vqa": 2, "composites": 6,
+    "noto": 2, "twemoji": 2, "flat": 1, "turned": 1,
+}  # fmt: skip
 
 
 @dataclass
@@ -63,6 +69,23 @@ class Run:
     done: dict[str, int] = field(default_factory=dict)  # stage -> steps done
     log: list[dict[str, Any]] = field(default_factory=list)
     optimizer_state: dict[str, Any] | None = None
+    accelerator: Accelerator = field(
+        default_factory=lambda: Accelerator(cpu=not torch.cuda.is_available())
+    )
+
+    @property
+    def mine(self) -> slice:
+        """Which examples of a step are this process's."""
+        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+
+# The loss summed over this process's examples of a step, and their weight (what to divide by).
+LossOf = Callable[[int], tuple[Tensor, float]]
 
 
 # ------------------------------------------------------------------ one loop for all stages
@@ -73,9 +96,10 @@ def train_stage(
     name: str,
     stage: Stage,
     groups: dict[str, list[nn.Parameter]],
-    loss_of: Callable[[int], Tensor],
+    loss_of: LossOf,
 ) -> None:
     """Run the steps of a stage that are left: AdamW, warm-up then cosine, clipping, checkpoints."""
+    accelerator = run.accelerator
     start = run.done.get(name, 0)
     if start >= stage.steps:
         return
@@ -99,15 +123,25 @@ def train_stage(
         factor = schedule(step, stage)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        loss = loss_of(step)
+        total, weight = loss_of(step)
+        loss = total / added(accelerator, torch.tensor(weight, device=run.device))
         optimizer.zero_grad()
         loss.backward()
+        if accelerator.num_processes > 1:
+            for parameter in trained:
+                gradient = parameter.grad
+                parameter.grad = added(
+                    accelerator, torch.zeros_like(parameter) if gradient is None else gradient
+                )
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         run.done[name] = step + 1
         now = time.monotonic()
-        entry = {"stage": name, "step": step + 1, "bits": round(loss.item() * BITS, 4)}
+        bits = added(accelerator, loss.detach()).item() * BITS
+        entry = {"stage": name, "step": step + 1, "bits": round(bits, 4)}
         run.log.append(entry)
+        if not accelerator.is_main_process:
+            continue
         left = (now - began) / (step + 1 - start) * (stage.steps - step - 1)
         print(
             f"{name} {step + 1}/{stage.steps}  {entry['bits']:.3f} bits  {left / 60:.1f} min left",
@@ -116,6 +150,12 @@ def train_stage(
         if now - saved > CHECKPOINT_SECONDS or step + 1 == stage.steps:
             save_checkpoint(run, optimizer.state_dict() if step + 1 < stage.steps else None)
             saved = now
+
+
+def added(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """A value's sum over all processes."""
+    total: Tensor = accelerator.reduce(value, "sum")
+    return total
 
 
 def schedule(step: int, stage: Stage) -> float:
@@ -142,27 +182,30 @@ def train_bags(run: Run) -> None:
     embedding lets the frozen model say that word. Rare words count more. No language model here.
     """
     stage, parts, world = run.recipe.bags, run.parts, run.world
-    shape, table = parts.compressor.shape, parts.embeddings.detach().float()
+    shape, table = parts.compressor.shape, parts.embeddings.detach().float()  # [V, D]
     unit = F.normalize(table, dim=-1)
     start_near_identity(parts, table)
-    rarity = word_rarity(parts, world, run.recipe.seed)  # [V]
+    rarity = word_rarity(parts, world, run.recipe.seed).to(run.device)  # [V]
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of(step: int) -> tuple[Tensor, float]:
         rng = Random(f"{run.recipe.seed}/bags/{step}")
         texts = [told_text(world, rng) for _ in range(stage.batch)]
         read = [
             read_memory(parts.tokenizer, text, shape.max_text_tokens, shape.chunks)
-            for text in texts
+            for text in texts[run.mine]
         ]
         ids, members = text_input(read, shape, shape.max_text_tokens)
+        ids, members = ids.to(run.device), members.to(run.device)
         latents = parts.compressor.text_latents(F.embedding(ids, table), members)  # [B, C, d]
-        latents = latents + 0.01 * torch.randn_like(latents)  # the bank stores int8
+        noise = torch.randn(stage.batch, *latents.shape[1:])[run.mine].to(run.device)
+        latents = latents + 0.01 * noise  # the bank stores int8
         used = members.any(-1)  # [B, C]
         tokens = parts.rag_connector.text_tokens(latents[used])  # [M, D]
         logs = (COSINE_SCALE * F.normalize(tokens, dim=-1) @ unit.T).log_softmax(-1)  # [M, V]
         weights = (members * rarity[ids][:, None])[used]  # [M, N]
         said = logs.gather(1, ids[:, None].expand(-1, shape.chunks, -1)[used])  # [M, N]
-        return -((weights * said).sum(-1) / weights.sum(-1).clamp(min=1e-6)).mean()
+        losses = -(weights * said).sum(-1) / weights.sum(-1).clamp(min=1e-6)  # [M]
+        return losses.sum(), len(losses)
 
     groups = {
         "compressor": [
@@ -230,31 +273,36 @@ def number_word(count: int) -> str:
 def train_slots(run: Run) -> None:
     """Connector and the memories' picture token: per-slot cross-entropy, without the LM."""
     stage, parts, world = run.recipe.slots, run.parts, run.world
-    rows = rows_by_source(world.records)
-    rows.pop("llava", None)  # nobody tells the names of what it shows
+    rows = rows_by_source(world.records, tuple(SLOT_SHARES))
     everything = [row for found in rows.values() for row in found]
     targets = torch.full((len(world.records), parts.connector.shape.tokens), -100)
     targets[everything] = slot_targets(parts, [world.records[row] for row in everything])
     sources = list(rows)
+    shares = [SLOT_SHARES[source] for source in sources]
     head = parts.connector.shape.name_slots - 1
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of(step: int) -> tuple[Tensor, float]:
         rng = Random(f"{run.recipe.seed}/slots/{step}")
         picked = [
-            rng.choice(rows[source])
-            for source in rng.choices(sources, slot_shares(sources), k=stage.batch)
+            rng.choice(rows[source]) for source in rng.choices(sources, shares, k=stage.batch)
         ]
         cells = cells_of(world, picked)
         cells = cells * (1 + 0.2 * torch.randn_like(cells))
         other = cells.roll(1, 0)  # a share of another picture's layout, as if it stood behind
         cells = (cells + 0.3 * torch.rand(len(cells), 1, 1) * (other - other.mean(0))).clamp(min=0)
         wanted = targets[picked]  # [B, T]
+        known, heads = (wanted >= 0).sum(), (wanted[:, head] >= 0).sum()
+        cells, wanted = cells[run.mine].to(run.device), wanted[run.mine].to(run.device)
         vectors = parts.connector.slot_vectors(cells)
         logits = parts.connector.vocabulary.logits(vectors)
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum"
+        )
         latent = parts.compressor.picture_latent(cells)
         picture = parts.rag_connector.vocabulary.logits(parts.rag_connector.picture_vector(latent))
-        return loss + 0.3 * F.cross_entropy(picture, wanted[:, head], ignore_index=-100)
+        named = F.cross_entropy(picture, wanted[:, head], ignore_index=-100, reduction="sum")
+        share = 1 / run.accelerator.num_processes
+        return loss / known.clamp(min=1) + 0.3 * named / heads.clamp(min=1), share
 
     groups = {
         "connector": list(parts.connector.parameters()),
@@ -265,19 +313,6 @@ def train_slots(run: Run) -> None:
         ],
     }
     train_stage(run, "slots", stage, groups, loss_of)
-
-
-def slot_shares(sources: list[str]) -> list[float]:
-    """How often each source is drawn in the slot stage."""
-    shares = {
-        "emoji": 5,
-        "clipart": 4,
-        "furniture": 2,
-        "prototypes": 4,
-        "easy_vqa": 2,
-        "composites": 5,
-    }
-    return [shares[source] for source in sources]
 
 
 # ------------------------------------------------------------------ stages 1 and 2
@@ -300,27 +335,15 @@ def train_align(run: Run) -> None:
 
 
 def train_finetune(run: Run) -> None:
-    """LoRA on the LM, with the connectors: memories mostly as latents, then mostly as text."""
-    recipe = run.recipe
-    train_episodes(run, "finetune", recipe.finetune, recipe.mix)
-    train_episodes(run, "settle", recipe.settle, recipe.settle_mix)
-    train_episodes(run, "polish", recipe.polish, recipe.polish_mix)
-
-
-def train_episodes(run: Run, name: str, stage: Stage, mix: Mix) -> None:
-    """LoRA and connectors on episodes of a mix."""
-    recipe = replace(run.recipe, mix=mix)
-
-    def draw(world: World, rows: dict[str, list[int]], _: Recipe, rng: Random) -> Episode:
-        return draw_episode(world, rows, recipe, rng)
-
+    """LoRA on the LM and the connectors, with mixed episodes."""
     groups = {
         "lora": [p for n, p in run.lm.named_parameters() if "lora_" in n],
         "connector": list(run.parts.connector.parameters()),
         "rag_connector": rag_parameters(run.parts),
         "copy": [run.parts.rag_connector.copy_bonus],
     }
-    train_stage(run, name, stage, groups, episode_loss(run, name, stage, draw))
+    stage = run.recipe.finetune
+    train_stage(run, "finetune", stage, groups, episode_loss(run, "finetune", stage, draw_episode))
 
 
 def text_parameters(parts: Parts) -> list[nn.Parameter]:
@@ -338,7 +361,7 @@ def rag_parameters(parts: Parts) -> list[nn.Parameter]:
 Draw = Callable[[World, dict[str, list[int]], Recipe, Random], Episode]
 
 
-def episode_loss(run: Run, name: str, stage: Stage, draw: Draw) -> Callable[[int], Tensor]:
+def episode_loss(run: Run, name: str, stage: Stage, draw: Draw) -> LossOf:
     """The loss of a step over drawn episodes."""
     rows = rows_by_source(run.world.records)
     memory: dict[int, list[list[Episode]]] = {}
@@ -354,28 +377,35 @@ def episode_loss(run: Run, name: str, stage: Stage, draw: Draw) -> Callable[[int
             memory[number] = batches
         return memory[number]
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of(step: int) -> tuple[Tensor, float]:
         episodes = group_of(step // GROUP)[step % GROUP]
-        return episodes_loss(
-            run, episodes, dropout=IMAGE_DROPOUT if name == "align" else IMAGE_DROPOUT / 2
-        )
+        dropout = IMAGE_DROPOUT if name == "align" else IMAGE_DROPOUT / 2
+        keep = (torch.rand(len(episodes)) >= dropout).float()
+        return episodes_loss(run, episodes[run.mine], keep[run.mine])
 
     return loss_of
 
 
-def episodes_loss(run: Run, episodes: list[Episode], dropout: float = 0.0) -> Tensor:
-    """Mean answer loss (nats a token) of some episodes."""
-    parts, world = run.parts, run.world
+def episodes_loss(
+    run: Run, episodes: list[Episode], keep: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Answer loss (nats) summed over the answer tokens of some episodes, and their number.
+
+    `keep` [B] is 0 where the picture's tokens are blanked.
+    """
+    parts, world, device = run.parts, run.world, run.device
     batch = make_batch(episodes, parts.prompt, parts.tokenizer, parts.compressor.shape)
-    keep = (torch.rand(len(episodes)) >= dropout).float() if dropout else None
+    cells = cells_of(world, batch.image_rows.tolist()).to(device)
+    memory_cells = cells_of(world, batch.memory_rows.tolist()).to(device)
+    batch = batch.to(device)
     inputs = embed_batch(
-        batch,
-        cells_of(world, batch.image_rows.tolist()),
-        cells_of(world, batch.memory_rows.tolist()),
-        parts.embeddings, parts.connector, parts.compressor, parts.rag_connector, keep,
+        batch, cells, memory_cells, parts.embeddings, parts.connector, parts.compressor,
+        parts.rag_connector, None if keep is None else keep.to(device),
     )  # fmt: skip
-    with lm_arithmetic():
-        return answer_loss(base_of(run.lm), inputs, batch, parts.rag_connector.copy_bonus)
+    count = int((batch.labels >= 0).sum())
+    with lm_arithmetic(device.type):
+        loss = answer_loss(base_of(run.lm), inputs, batch, parts.rag_connector.copy_bonus)
+    return loss * count, count
 
 
 def base_of(lm: LlamaForCausalLM | PeftModel) -> LlamaForCausalLM:
@@ -384,9 +414,9 @@ def base_of(lm: LlamaForCausalLM | PeftModel) -> LlamaForCausalLM:
 
 
 @contextmanager
-def lm_arithmetic() -> Iterator[None]:
+def lm_arithmetic(device: str = "cpu") -> Iterator[None]:
     """bfloat16 products where the processor has them: 1.6 times as fast here, same loss curve."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         yield
 
 

@@ -2,7 +2,7 @@
 
 The retrieval rules hold here, in one place (`World.retrieve`): a query is made from the picture
 and the question only, never from an answer; a picture retrieves neither itself nor another view of
-itself; and only training pictures are in the bank.
+itself, a scene none of the pictures it is made of; and only training pictures are in the bank.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from tinyalign.runtime.items import told
-from tinyalign.runtime.keys import make_key, make_keys
+from tinyalign.runtime.keys import KeyArrays, make_key, make_keys
 from tinyalign.runtime.prompt import encode_text
-from tinyalign.training.features import Record
+from tinyalign.training.features import STYLES, Record
 from tinyalign.training.keys import calibrate, fit_key
 from tinyalign.training.llava import cut_text
 from tinyalign.training.parts import Parts
@@ -54,16 +54,16 @@ class World:
         return make_key(self.cells[row, 0], text_mean(self.parts, text), self.parts.keys)
 
     def retrieve(self, row: int, question: str, count: int) -> list[tuple[int, float]]:
-        """Nearest memories of a row's picture and a question, without the picture itself and its
-        views.
+        """Nearest memories of a row's picture and a question, without the picture itself, its views
+        and, for a scene, the pictures it is made of.
 
         Returns (place in the bank, score) pairs, nearest first.
         """
         scores = self.bank_keys @ self.key(row, question)
-        own = self.records[row].id
+        own = {self.records[row].id, *self.records[row].pictures}
         found: list[tuple[int, float]] = []
-        for place in np.argsort(-scores)[: count + len(self.views[own])]:
-            if self.records[self.bank[place]].id != own:
+        for place in np.argsort(-scores)[: count + len(own)]:  # the bank has one view of each
+            if self.records[self.bank[place]].id not in own:
                 found.append((int(place), float(scores[place])))
         return found[:count]
 
@@ -90,11 +90,10 @@ def text_mean(parts: Parts, text: str) -> NDArray[np.float32]:
 def make_world(
     parts: Parts, cells: NDArray[np.float16], records: Sequence[Record], recipe: Recipe
 ) -> World:
-    """Fit the key recipe (unless the parts have one), build the bank and calibrate the similarity
-    words."""
-    views: dict[str, list[int]] = {}
-    for row, record in enumerate(records):
-        views.setdefault(record.id, []).append(row)
+    """Build the bank; fit the key recipe unless the parts have one."""
+    if parts.keys is None:
+        parts.keys = fit_keys(parts, cells, records, recipe)
+    views = views_of(records)
     bank = bank_rows(records, views)
     whole = [memory_text(records[row]) for row in bank]
     longest = parts.compressor.shape.max_text_tokens
@@ -102,16 +101,30 @@ def make_world(
     if cut := sum(a != b for a, b in zip(texts, whole, strict=True)):
         print(f"{cut} memories are cut: they hold at most {longest} tokens", file=sys.stderr)
     means = np.stack([text_mean(parts, text) for text in texts])
-    if parts.keys is None:
-        train = [
-            i for i, r in enumerate(records) if r.split == "train" and r.source != "prototypes"
-        ]
-        parts.keys = fit_key(
-            cells[train, 0].astype(np.float32), means,
-            recipe.image_key_width, recipe.text_key_width, recipe.alpha,
-        )  # fmt: skip
     keys = make_keys(cells[bank, 0].astype(np.float32), means, parts.keys)
     return World(cells, records, views, np.array(bank), keys, texts, parts)
+
+
+def fit_keys(
+    parts: Parts, cells: NDArray[np.float16], records: Sequence[Record], recipe: Recipe
+) -> KeyArrays:
+    """The key recipe of the training pictures and of the bank's texts."""
+    apart = ("prototypes", *STYLES)
+    train = [i for i, r in enumerate(records) if r.split == "train" and r.source not in apart]
+    bank = bank_rows(records, views_of(records))
+    means = np.stack([text_mean(parts, memory_text(records[row])) for row in bank])
+    return fit_key(
+        cells[train, 0].astype(np.float32), means,
+        recipe.image_key_width, recipe.text_key_width, recipe.alpha,
+    )  # fmt: skip
+
+
+def views_of(records: Sequence[Record]) -> dict[str, list[int]]:
+    """Rows of every picture."""
+    views: dict[str, list[int]] = {}
+    for row, record in enumerate(records):
+        views.setdefault(record.id, []).append(row)
+    return views
 
 
 def bank_rows(records: Sequence[Record], views: dict[str, list[int]]) -> list[int]:
@@ -120,7 +133,9 @@ def bank_rows(records: Sequence[Record], views: dict[str, list[int]]) -> list[in
     rows: list[int] = []
     shapes: set[str] = set()  # one memory of each plain shape and colour is enough
     for row, record in enumerate(records):
-        if record.split != "train" or record.source == "composites" or views[record.id][0] != row:
+        if record.split != "train" or record.source in ("composites", *STYLES):
+            continue
+        if views[record.id][0] != row:
             continue
         if record.source == "easy_vqa":
             text = memory_text(record)

@@ -1,0 +1,135 @@
+"""The paper's claims, one by one, on our data: what does retrieval add?
+
+    python benchmarks/claims.py [--seeds 0 1 2] [--minutes 60] [--quick]
+
+Every cell trains a connector through the frozen language model and answers the same test questions.
+What differs between the arms:
+
+    lm         nothing is trained and no picture is seen: the language model alone
+    blind      the connector sees the same grey picture always: what can be learned without looking
+    baseline   the picture only
+    matched    the picture, and as many further tokens as memories would take, from learned latents
+               through the same warm-started RAG connector: the same parameters, no memories
+    random     the same with random memories (similarity words as if they had been found)
+    tinyalign  the same with the three nearest memories
+
+Same data in the same order, same steps, rates and connector start for all arms of a seed. What
+tinyalign has over matched and random is retrieval. Retrieval sees the picture and the question; no
+test picture is in the bank. Data and test groups are described in `claims_cell.py`.
+
+Bits are negative log2 probabilities of an answer token (teacher forcing); an answer is right if
+greedy decoding gives it word for word. EMI, effective mutual information, is the drop of these
+bits against a model that does not see the picture (predictive V-information, arXiv 2002.10689),
+here against `lm` as the paper has it, and against `blind`, which knows how answers are phrased.
+Intervals are 95 % (bootstrap over seeds and questions, 1,000 draws; differences are paired).
+
+A cell takes some minutes and is kept in benchmarks/results/claims/; a run goes on where the last
+one ended. To run one again, delete its file. `--quick` runs one small cell anew, and compares it
+with the one that is kept. Needs the feature cache of `tinyalign-train --until prepare`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from claims_report import mean_interval, plot, report
+
+HERE = Path(__file__).parent
+CELLS = HERE / "results" / "claims"
+FRACTIONS = (0.4, 0.2, 0.6, 0.8)
+QUICK = ("tinyalign", 0, 0.2)
+
+
+Name = tuple[str, int, float]
+
+
+def cells(seeds: Sequence[int]) -> list[Name]:
+    """All cells, the most telling ones first."""
+    wanted: list[Name] = [("lm", 0, 1.0)]
+    wanted += [(arm, seed, 1.0) for seed in seeds for arm in ("baseline", "tinyalign", "matched")]
+    wanted += [(arm, seed, 1.0) for seed in seeds for arm in ("random", "blind")]
+    wanted += [
+        (arm, seed, fraction)
+        for fraction in FRACTIONS
+        for seed in seeds
+        for arm in ("tinyalign", "baseline")
+    ]
+    return wanted
+
+
+def file_of(name: Name, folder: Path = CELLS) -> Path:
+    """Where a cell is kept."""
+    arm, seed, fraction = name
+    return folder / f"{arm}-{seed}-{fraction}.json"
+
+
+def run(name: Name, folder: Path) -> dict[str, Any]:
+    """Train and measure a cell in a process of its own."""
+    file = file_of(name, folder)
+    command = [sys.executable, str(HERE / "claims_cell.py"), *map(str, name), str(file)]
+    if subprocess.run(command).returncode:
+        sys.exit(f"the cell {name} failed")
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def quick() -> None:
+    """One small cell again: exit code 1 if it is not what was kept, within its interval."""
+    kept = json.loads(file_of(QUICK).read_text())
+    tokens = np.array([q[2] for q in json.loads(file_of(("lm", 0, 1.0)).read_text())["questions"]])
+    with tempfile.TemporaryDirectory() as folder:
+        anew = run(QUICK, Path(folder))
+    low, high = mean_interval(np.array(kept["bits"]), tokens)
+    bits = float(np.sum(anew["bits"]) / tokens.sum())
+    was = float(np.sum(kept["bits"]) / tokens.sum())
+    arm, seed, fraction = QUICK
+    print(
+        f"{arm}, seed {seed}, {fraction:.0%} of the data: {bits:.3f} bits a token, "
+        f"{anew['right'].count('1')} of {len(tokens)} answers right; kept: {was:.3f} "
+        f"({low:.3f} to {high:.3f}), {kept['right'].count('1')} right"
+    )
+    if not low <= bits <= high:
+        sys.exit("this is not the result that was kept")
+
+
+def main() -> None:
+    """Run the cells that are missing, then write the table and the plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--minutes", metavar="N", type=float, help="start no cell after so long")
+    parser.add_argument("--quick", action="store_true", help="one small cell, compared")
+    options = parser.parse_args()
+    if options.quick:
+        quick()
+        return
+    started = time.monotonic()
+    wanted = cells(options.seeds)
+    missing = [name for name in wanted if not file_of(name).exists()]
+    for number, name in enumerate(missing):
+        minutes = (time.monotonic() - started) / 60
+        if options.minutes is not None and minutes > options.minutes:
+            break
+        print(f"cell {number + 1} of {len(missing)}: {name}", file=sys.stderr, flush=True)
+        run(name, CELLS)
+    done = {
+        name: json.loads(file_of(name).read_text()) for name in wanted if file_of(name).exists()
+    }
+    text = report(done)
+    (HERE / "results" / "claims.md").write_text(text + "\n")
+    plot(done, HERE.parent / "docs" / "claims.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
