@@ -60,6 +60,7 @@ Arm = Literal["blind", "baseline", "matched", "random", "tinyalign"]
 ARMS: tuple[Arm, ...] = ("blind", "baseline", "matched", "random", "tinyalign")
 GROUPS = ("known", "unknown", "shapes", "scenes")
 
+WORK = Path(__file__).parents[1] / "build" / "claims"  # the key head and the warm start
 EPISODES = 1600  # training pictures at 100 % of the data
 TURNS = 2  # questions about each
 BATCH = 8
@@ -94,6 +95,7 @@ def prepared_world(folder: Path) -> World:
     once and kept in ``folder``.
     """
     recipe = Recipe()
+    folder.mkdir(parents=True, exist_ok=True)
     cells, records = load_features(sources=ORDER + STYLES)
     train = [record for record in records if record.split == "train"]
     classes = [picture.name for picture in imagenet_classes(cache_dir())]
@@ -409,7 +411,7 @@ def main() -> None:
     arm, seed, fraction, out = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(default_threads())
     out.parent.mkdir(parents=True, exist_ok=True)
-    world = prepared_world(out.parent)
+    world = prepared_world(WORK)
     tests = test_questions(world)
     started = time.monotonic()
     result: dict[str, Any] = {"arm": arm, "seed": seed, "fraction": fraction, "curve": []}
