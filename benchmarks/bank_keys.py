@@ -14,6 +14,7 @@ are moved pictures of the bank: another view of something known.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,8 @@ def nearest(keys: NDArray[np.float16], queries: Floats, k: int) -> tuple[NDArray
 
 def cached(folder: Path, count: int, queries: int, seed: int) -> Path:
     """A folder with keys.npy, queries.npy and the exact answers' scores, made if need be."""
-    place = folder / f"{count}-{queries}-{seed}"
+    recipe = hashlib.sha256((DEFAULT_WEIGHTS / "key.npz").read_bytes()).hexdigest()[:8]
+    place = folder / f"{count}-{queries}-{seed}-{recipe}"
     if not (place / "scores.npy").exists():
         place.mkdir(parents=True, exist_ok=True)
         source = Keys(seed)

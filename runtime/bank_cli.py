@@ -205,7 +205,7 @@ def search(arguments: argparse.Namespace) -> None:
     """The nearest memories with what picture and text add to their scores."""
     from tinyalign.runtime.errors import InputError
     from tinyalign.runtime.keys import score_parts
-    from tinyalign.runtime.prompt import similarity_word
+    from tinyalign.runtime.prompt import relevant, similarity_word
     from tinyalign.runtime.teach import model_floor
 
     if arguments.top_k < 1:
@@ -230,6 +230,9 @@ def search(arguments: argparse.Namespace) -> None:
             floor = floors[bank.path]
             word = similarity_word(model.parts.manifest.prompt, hit.score, floor)
             found.append((hit, image, text, floor, word))
+        prompt = model.parts.manifest.prompt
+    shown = [hit.score for hit, *_, word in found if word]
+    last = shown[relevant(prompt, shown) - 1] if shown else 2.0  # the lowest score that is used
     if arguments.json:
         memories = [
             {
@@ -239,6 +242,7 @@ def search(arguments: argparse.Namespace) -> None:
                 "image_score": round(image, 4),
                 "text_score": round(text, 4),
                 "similarity": word,
+                "used": hit.score >= last,
                 "floor": round(floor, 4),
                 "text": hit.text,
                 "source": hit.source,
@@ -251,6 +255,8 @@ def search(arguments: argparse.Namespace) -> None:
     for hit, image, text, floor, word in found:
         parts = f"{hit.score:.3f} = picture {image:.3f} + text {text:.3f}"
         used = word or f"below the floor of {floor:.3f}, not used"
+        if word and hit.score < last:
+            used = f"{word}, more than {prompt.margin:g} behind the best, not used"
         print(f"{hit.bank} {hit.id}  {parts}  {used}  {_line(hit.text)}")
 
 

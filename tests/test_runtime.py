@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,15 @@ import tiny_model
 import torch
 from tiny_model import picture
 
-from tinyalign.bank import Bank
-from tinyalign.runtime import BankError, InputError, PictureError, QuestionError, TinyAlign
+from tinyalign.bank import Bank, Hit
+from tinyalign.runtime import (
+    BankError,
+    InputError,
+    PictureError,
+    QuestionError,
+    TinyAlign,
+    bank_cli,
+)
 from tinyalign.runtime.prompt import build_prompt, embed, encode_text
 from tinyalign.runtime.sampling import Sampling, pick
 from tinyalign.runtime.teach import create_bank
@@ -241,6 +249,32 @@ def test_below_the_banks_floor_there_is_no_memory(
         told = taught.ask(picture(0), QUESTION)
         assert told.memories == ()
         assert (told.token_ids, told.prompt_tokens) == (bare.token_ids, bare.prompt_tokens)
+
+
+def test_what_is_far_behind_the_best_is_not_used(
+    model: TinyAlign, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tiny_model.write_tiny_model(tmp_path / "model")
+    path = tmp_path / "mine.sqlite"
+    with create_bank(model, path) as bank:
+        bank.add([model.memory(picture(seed), f"cat {seed}") for seed in (0, 1)])
+    scores = [hit.score for hit in asked_of(directory, path)]
+    assert len(scores) == 2 and scores[0] - scores[1] > 0.01
+    for margin, used in ((scores[0] - scores[1] + 0.01, 2), (scores[0] - scores[1] - 0.01, 1)):
+        manifest = directory / "tinyalign.json"
+        described = json.loads(manifest.read_text())
+        described["prompt"]["margin"] = margin
+        manifest.write_text(json.dumps(described))
+        assert len(asked_of(directory, path)) == used
+        picture(0).save(tmp_path / "0.png")
+        command = ["search", str(tmp_path / "0.png"), "--bank", str(path), "--text", QUESTION]
+        assert bank_cli.main([*command, "--model", str(directory)]) == 0
+        assert ("behind the best, not used" in capsys.readouterr().out) == (used == 1)
+
+
+def asked_of(directory: Path, bank: Path) -> tuple[Hit, ...]:
+    with TinyAlign.load(directory, banks=[bank]) as taught:
+        return taught.ask(picture(0), QUESTION).memories
 
 
 def test_memory_modes(model: TinyAlign) -> None:
