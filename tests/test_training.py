@@ -326,6 +326,20 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     assert [entry["bits"] for entry in whole.log] == [entry["bits"] for entry in second.log]
 
 
+def test_a_finished_stage_is_left_as_it_is(world: World, tmp_path: Path) -> None:
+    """The bags stage starts from the embeddings' axes: not again when the run is continued."""
+    run = new_run(world, tmp_path)
+    stages.train_bags(run)
+    trained = {
+        name: snapshot(getattr(world.parts, name)) for name in ("compressor", "rag_connector")
+    }
+    again = new_run(tiny_world(), tmp_path)
+    stages.load_checkpoint(again)
+    stages.train_bags(again)
+    for name, weights in trained.items():
+        assert not changed(weights, getattr(again.parts, name))
+
+
 def test_a_run_is_not_continued_with_another_recipe(world: World, tmp_path: Path) -> None:
     run = new_run(world, tmp_path)
     stages.train_slots(run)

@@ -184,7 +184,8 @@ def train_bags(run: Run) -> None:
     stage, parts, world = run.recipe.bags, run.parts, run.world
     shape, table = parts.compressor.shape, parts.embeddings.detach().float()  # [V, D]
     unit = F.normalize(table, dim=-1)
-    start_near_identity(parts, table)
+    if not run.done.get("bags"):
+        start_near_identity(parts, table)
     rarity = word_rarity(parts, world, run.recipe.seed).to(run.device)  # [V]
 
     def loss_of(step: int) -> tuple[Tensor, float]:
