@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import blank, interval, is_right, look_questions, note, seen
+from common import blank, interval, is_right, look_questions, markdown, note, seen
 from numpy.typing import NDArray
 
 from tinyalign.bank import Bank
 from tinyalign.runtime import TinyAlign
-from tinyalign.training.answer import continue_greedily, prompt_rows, recall
+from tinyalign.training.answer import answer_cells
 from tinyalign.training.features import Record, load_features
 from tinyalign.training.parts import DEFAULT_WEIGHTS, Parts, load_parts
 from tinyalign.training.questions import Item
@@ -73,15 +73,6 @@ def probe(
         return [classes[best] for best in layer((z - mean) / spread).argmax(1).tolist()]
 
 
-def torch_answer(parts: Parts, bank: Bank, cells: NDArray[np.float16], question: str) -> str:
-    """The torch model's greedy answer with the default bank."""
-    features = torch.from_numpy(cells.astype(np.float32))[None]
-    hits = recall(parts, [bank], features, question)
-    rows = prompt_rows(parts, features, question, hits)
-    text: str = parts.tokenizer.decode(continue_greedily(parts, rows, hits, MAX_TOKENS))
-    return text
-
-
 def link_by_link(
     model: TinyAlign,
     parts: Parts,
@@ -116,7 +107,13 @@ def link_by_link(
         ]
         result["connector"] = interval(right_slot)
     like = blank(model)
-    ours = [torch_answer(parts, bank, cells[row], item.question) for row, item in items]
+    ours = [
+        answer_cells(
+            parts, [bank], torch.from_numpy(cells[[row]].astype(np.float32)), item.question,
+            MAX_TOKENS,
+        ).text
+        for row, item in items
+    ]  # fmt: skip
     theirs = [
         model.ask(seen(model, like, cells[row]), item.question, max_tokens=MAX_TOKENS).text
         for row, item in items
@@ -158,11 +155,11 @@ def main() -> None:
         "features", "connector", "answer", "answer, token right", "answer, token wrong",
         "runtime", "runtime as torch",
     )  # fmt: skip
-    print(f"| question | n | {' | '.join(links)} |")
-    print(f"|---|---|{'---|' * len(links)}")
+    rows = [["question", "n", *links], ["---"] * (2 + len(links))]
     for group, table in result.items():
         shares = [f"{table[link]['share']:.2f}" if link in table else "" for link in links]
-        print(f"| {group} | {table['answer']['n']} | {' | '.join(shares)} |")
+        rows.append([group, str(table["answer"]["n"]), *shares])
+    print("\n".join(markdown(rows)))
 
 
 if __name__ == "__main__":

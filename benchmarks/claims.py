@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claims_report import mean_interval, plot, report
+from claims_report import FULL, Name, mean_interval, plot, report
 
 HERE = Path(__file__).parent
 CELLS = HERE / "results" / "claims"
@@ -82,14 +82,13 @@ as the family of predictors. Brackets are 95 % intervals over seeds and question
 ![curves](claims.png)
 
 """
-Name = tuple[str, int, float]
 
 
 def cells(seeds: Sequence[int]) -> list[Name]:
     """All cells, the most telling ones first."""
-    wanted: list[Name] = [("lm", 0, 1.0)]
-    wanted += [(arm, seed, 1.0) for seed in seeds for arm in ("baseline", "tinyalign", "matched")]
-    wanted += [(arm, seed, 1.0) for seed in seeds for arm in ("random", "blind")]
+    wanted: list[Name] = [("lm", 0, FULL)]
+    wanted += [(arm, seed, FULL) for seed in seeds for arm in ("baseline", "tinyalign", "matched")]
+    wanted += [(arm, seed, FULL) for seed in seeds for arm in ("random", "blind")]
     wanted += [
         (arm, seed, fraction)
         for fraction in FRACTIONS
@@ -118,7 +117,7 @@ def run(name: Name, folder: Path) -> dict[str, Any]:
 def quick() -> None:
     """One small cell again: exit code 1 if it is not what was kept, within its interval."""
     kept = json.loads(file_of(QUICK).read_text())
-    tokens = np.array([q[2] for q in json.loads(file_of(("lm", 0, 1.0)).read_text())["questions"]])
+    tokens = np.array([q[2] for q in json.loads(file_of(("lm", 0, FULL)).read_text())["questions"]])
     with tempfile.TemporaryDirectory() as folder:
         anew = run(QUICK, Path(folder))
     low, high = mean_interval(np.array(kept["bits"]), tokens)

@@ -28,15 +28,12 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyalign.bank.errors import InputError
-from tinyalign.runtime.keys import KeyArrays
-from tinyalign.runtime.prompt import encode_template
+from tinyalign.runtime.prompt import encode_template, similarity_word
 from tinyalign.runtime.threads import default_threads
 from tinyalign.training import stages
 from tinyalign.training.batch import (
@@ -44,17 +41,16 @@ from tinyalign.training.batch import (
     Episode,
     RetrievedMemory,
     Turn,
+    answer_logits,
     embed_batch,
     make_batch,
 )
-from tinyalign.training.features import ORDER, STYLES, Record, load_features
-from tinyalign.training.parts import Parts, new_parts
-from tinyalign.training.pictures import imagenet_classes
-from tinyalign.training.pipeline import key_recipe
+from tinyalign.training.features import STYLES, Record
+from tinyalign.training.parts import Parts
+from tinyalign.training.pipeline import prepare_world
 from tinyalign.training.questions import questions_of
 from tinyalign.training.recipe import Recipe
-from tinyalign.training.sources import cache_dir
-from tinyalign.training.world import World, calibrated_similarity, cells_of, make_world
+from tinyalign.training.world import World, cells_of
 
 Arm = Literal["blind", "baseline", "matched", "random", "tinyalign"]
 ARMS: tuple[Arm, ...] = ("blind", "baseline", "matched", "random", "tinyalign")
@@ -95,35 +91,13 @@ def prepared_world(folder: Path) -> World:
     once and kept in ``folder``.
     """
     recipe = Recipe()
-    folder.mkdir(parents=True, exist_ok=True)
-    cells, records = load_features(sources=ORDER + STYLES)
-    train = [record for record in records if record.split == "train"]
-    classes = [picture.name for picture in imagenet_classes(cache_dir())]
-    kinds = sorted({record.kind for record in train if record.kind})
-    parts = new_parts(recipe, classes, sorted({r.name for r in train if r.name}), kinds)
-    parts.keys = keys_without_the_aside(parts, cells, records, recipe, folder / "key.npz")
-    world = make_world(parts, cells, records, recipe)
-    words = calibrated_similarity(world, recipe.seed)
-    parts.prompt = dataclasses.replace(parts.prompt, similarity=words)
-    warm = folder / "warm.pt"
-    if not warm.exists():
-        run = stages.Run(parts, world, recipe, folder / "bags", parts.lm)
-        stages.train_bags(run)
-        state = {"c": parts.compressor.state_dict(), "r": parts.rag_connector.state_dict()}
-        torch.save(state, warm)
-    state = torch.load(warm, weights_only=True)
-    parts.compressor.load_state_dict(state["c"])
-    parts.rag_connector.load_state_dict(state["r"])
+    world = prepare_world(recipe, folder, unseen=lambda record: set_aside(record.concept))
+    parts = world.parts
+    run = stages.Run(parts, world, recipe, folder, parts.lm)
+    stages.load_checkpoint(run)
+    stages.train_bags(run)
     parts.lm = stages.for_training(parts.lm)
     return world
-
-
-def keys_without_the_aside(
-    parts: Parts, cells: NDArray[np.float16], records: Sequence[Record], recipe: Recipe, file: Path
-) -> KeyArrays:
-    """The key recipe of training, with a key head that never saw the concepts set aside."""
-    seen = [dataclasses.replace(r, split="held") if set_aside(r.concept) else r for r in records]
-    return key_recipe(parts, cells, seen, recipe, file)
 
 
 def set_aside(concept: str) -> bool:
@@ -226,11 +200,10 @@ def memories_of(world: World, arm: Arm, row: int, question: str) -> tuple[Retrie
     """What stands in the prompt: nothing, the nearest memories, or random ones in their places."""
     if arm in ("blind", "baseline"):
         return ()
-    words = world.parts.prompt.similarity
     rng = Random(f"{row}/{question}")
     shown = []
     for place, score in world.retrieve(row, question, MEMORIES):
-        word = next((word for word, floor in words if score >= floor), words[-1][0])
+        word = similarity_word(world.parts.prompt, score, -1.0) or ""
         if arm == "random":
             place = rng.randrange(len(world.bank))
         shown.append(RetrievedMemory(world.bank_texts[place], int(world.bank[place]), word))
@@ -259,15 +232,7 @@ class Cell:
             self.compressor, parts.rag_connector,  # type: ignore[arg-type]
         )  # fmt: skip
         with stages.lm_arithmetic():
-            hidden = parts.lm.model(
-                inputs_embeds=inputs,
-                attention_mask=batch.mask.to(inputs.dtype),
-                position_ids=batch.positions,
-                use_cache=False,
-            ).last_hidden_state
-            wanted = batch.labels >= 0
-            logits = parts.lm.lm_head(hidden[wanted]).float()
-        labels = batch.labels[wanted]
+            logits, labels = answer_logits(parts.lm, inputs, batch)
         nats = F.cross_entropy(logits, labels, reduction="none")
         return nats, batch, logits.argmax(-1) == labels
 

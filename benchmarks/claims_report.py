@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from claims_cell import ARMS, BATCH, EPISODES, GROUPS
+from common import markdown
 from numpy.typing import NDArray
 
 DRAWS = 1000
@@ -232,11 +233,11 @@ def emi(cells: Cells, q: Questions) -> list[str]:
 
 
 def _row(cells: Sequence[str]) -> list[str]:
-    return [f"| {' | '.join(cells)} |"]
+    return markdown([cells])
 
 
 def _rows(head: Sequence[str]) -> list[str]:
-    return [*_row(head), *_row(["---"] * len(head))]
+    return markdown([head, ["---"] * len(head)])
 
 
 # ---- the plot

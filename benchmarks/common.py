@@ -90,6 +90,11 @@ def is_right(item: Item, answer: str) -> bool:
     return says(answer, item.label)
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in rows]
+
+
 def note(text: str) -> None:
     """Progress on stderr."""
     print(text, file=sys.stderr, flush=True)

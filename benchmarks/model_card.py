@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import note
+from common import markdown, note
 from safetensors.numpy import load_file
 
 from tinyalign.runtime.keys import load_key_arrays
@@ -99,20 +99,27 @@ def shown(value: dict[str, Any]) -> str:
 def looks_table(accuracy: dict[str, Any]) -> str:
     """Questions on looks with and without memory."""
     looks = accuracy["looks"]
-    lines = ["| held-out questions | n | with memory | without |", "| --- | ---: | ---: | ---: |"]
+    rows = [["held-out questions", "n", "with memory", "without"], ["---", *["---:"] * 3]]
     for key in looks:
         if key.endswith(", with memory"):
             group = key.removesuffix(", with memory")
             with_, without = looks[key], looks[f"{group}, without"]
-            lines.append(f"| {group} | {with_['n']} | {shown(with_)} | {shown(without)} |")
-    return "\n".join(lines)
+            rows.append([group, str(with_["n"]), shown(with_), shown(without)])
+    return "\n".join(markdown(rows))
 
 
 def names_table(accuracy: dict[str, Any]) -> str:
     """Naming, with the plain copy of the nearest memory and the encoder's bound."""
-    lines = [
-        "| naming | n | with memory | without | copy of the nearest memory | encoder's best class |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    rows = [
+        [
+            "naming",
+            "n",
+            "with memory",
+            "without",
+            "copy of the nearest memory",
+            "encoder's best class",
+        ],
+        ["---", *["---:"] * 5],
     ]
     for label, key in (
         ("photographs of the encoder's classes", "photos"),
@@ -122,20 +129,20 @@ def names_table(accuracy: dict[str, Any]) -> str:
         cells = [table[f"{how}, strict"] for how in ("with memory", "without memory", "kNN copy")]
         bound = table.get("encoder top-1, strict")
         last = shown(bound) if bound else ""
-        lines.append(f"| {label} | {cells[0]['n']} | {' | '.join(map(shown, cells))} | {last} |")
-    return "\n".join(lines)
+        rows.append([label, str(cells[0]["n"]), *map(shown, cells), last])
+    return "\n".join(markdown(rows))
 
 
 def teach_table(teach: dict[str, Any]) -> str:
     """Accuracy by the number of other memories, of the newest run in the model's own mode."""
     run = [r for r in teach.values() if r["mode"] is None][-1]
     head = ["other memories", "name", "fact", "fact of a new kind", "“I do not know.”"]
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---:'] * len(head))} |"]
+    rows = [head, ["---:"] * len(head)]
     for name, condition in run["conditions"].items():
         if name not in ("before", "elsewhere"):
             cells = [condition["right"][key] for key in ("name", "fact", "unseen", "untold")]
-            lines.append(f"| {condition['memories']:,} | {' | '.join(map(shown, cells))} |")
-    return "\n".join(lines)
+            rows.append([f"{condition['memories']:,}", *map(shown, cells)])
+    return "\n".join(markdown(rows))
 
 
 def trained_numbers() -> int:

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import interval
+from common import interval, markdown
 from numpy.typing import NDArray
 
 from tinyalign.runtime.images import preprocess
@@ -178,16 +178,16 @@ def main() -> None:
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     kinds = list(result["found"]["raw"])  # type: ignore[index]
-    print(f"| keys | {' | '.join(f'{kind} @1 / @3' for kind in kinds)} |")
-    print(f"|---|{'---|' * len(kinds)}")
+    rows = [["keys", *(f"{kind} @1 / @3" for kind in kinds)], ["---"] * (1 + len(kinds))]
     for name, table in result["found"].items():  # type: ignore[union-attr]
-        cells_ = [
+        shares = [
             f"{table[k]['@1']['share']:.2f} / {table[k]['@3']['share']:.2f}"
             if table[k]["@1"]["n"]
             else ""
             for k in kinds
         ]
-        print(f"| {name} | {' | '.join(cells_)} |")
+        rows.append([name, *shares])
+    print("\n".join(markdown(rows)))
     counts = {k: result["found"]["key head"][k]["@1"]["n"] for k in kinds}  # type: ignore[index]
     print(f"\nasked: {counts}; a key takes {result['key_ms']} ms and {result['key_bytes']} bytes")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import interval
+from common import interval, markdown
 from teach_lessons import LONGEST, Outcome
 
 AIMS = {"name": 0.88, "fact": 0.95, "untold": 0.90}  # with the default bank's memories
@@ -233,11 +233,6 @@ def cell(value: dict[str, float] | None) -> str:
     if not value or not value["n"]:
         return ""
     return f"{value['share']:.2f} ({value['low']:.2f}–{value['high']:.2f})"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in rows]
 
 
 # ---- the picture

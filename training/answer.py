@@ -54,7 +54,19 @@ def answer(
     mode: MemoryMode | None = None,
 ) -> TorchAnswer:
     """Answer greedily with at most `limit` tokens; no banks means no memories."""
-    cells = look(parts, picture)
+    return answer_cells(parts, banks, look(parts, picture), question, limit, mode)
+
+
+@torch.inference_mode()
+def answer_cells(
+    parts: Parts,
+    banks: Sequence[MemoryBank],
+    cells: Tensor,
+    question: str,
+    limit: int = 128,
+    mode: MemoryMode | None = None,
+) -> TorchAnswer:
+    """The same for a picture's features [1, C, Dv]."""
     hits = recall(parts, banks, cells, question)
     rows = prompt_rows(parts, cells, question, hits, mode)
     ids = continue_greedily(parts, rows, hits, limit)

@@ -246,7 +246,14 @@ def embed_batch(
 def answer_loss(
     lm: LlamaForCausalLM, inputs: Tensor, batch: Batch, copy_bonus: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy of the answer tokens in nats; `copy_bonus` [3] is the RAG connector's.
+    """Mean cross-entropy of the answer tokens in nats; `copy_bonus` [3] is the RAG connector's."""
+    return F.cross_entropy(*answer_logits(lm, inputs, batch, copy_bonus))
+
+
+def answer_logits(
+    lm: LlamaForCausalLM, inputs: Tensor, batch: Batch, copy_bonus: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits [S, V] of all answer tokens of a batch and what they are to be [S].
 
     Only the rows that have a label go through the head.
     """
@@ -261,4 +268,4 @@ def answer_loss(
     if copy_bonus is not None:
         places = (batch.copies.rows, batch.copies.ids)
         logits = logits.index_put(places, copy_bonus[batch.copies.lengths], accumulate=True)
-    return F.cross_entropy(logits, batch.labels[wanted])
+    return logits, batch.labels[wanted]

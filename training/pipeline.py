@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +39,22 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
     return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
 
 
-def prepare_world(recipe: Recipe, directory: Path, data: Sequence[str] = ()) -> World:
+def prepare_world(
+    recipe: Recipe,
+    directory: Path,
+    data: Sequence[str] = (),
+    unseen: Callable[[Record], bool] = lambda record: False,
+) -> World:
     """Features, the key head (trained once, kept in `directory`), untrained parts and the training
-    bank. `data` names sources beside the usual ones (see `llava.py`)."""
+    bank. `data` names sources beside the usual ones (see `llava.py`); what is `unseen` is left out
+    of what the keys are learned from."""
     cells, records = load_features(sources=(*ORDER, *STYLES, *data))
     train = [record for record in records if record.split == "train"]
     classes = [picture.name for picture in imagenet_classes(cache_dir())]
     kinds = sorted({record.kind for record in train if record.kind})
     parts = new_parts(recipe, classes, sorted({r.name for r in train if r.name}), kinds)
-    parts.keys = key_recipe(parts, cells, records, recipe, directory / "key.npz")
+    seen = [dataclasses.replace(r, split="held") if unseen(r) else r for r in records]
+    parts.keys = key_recipe(parts, cells, seen, recipe, directory / "key.npz")
     world = make_world(parts, cells, records, recipe)
     floors = calibrated_similarity(world, recipe.seed)
     parts.prompt = dataclasses.replace(parts.prompt, similarity=floors)
