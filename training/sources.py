@@ -240,7 +240,7 @@ def extract(archive: Path, into: Path) -> None:
     with stream, tarfile.open(fileobj=stream, mode=mode) as tar:  # type: ignore[call-overload]
         # Python before 3.11.4 has no filters. Only listed packages come here, their hashes checked.
         checked = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        tar.extractall(into, **checked)  # type: ignore[arg-type]
+        tar.extractall(into, **checked)
 
 
 def lm_gguf(cache: Path | None = None) -> Path:
