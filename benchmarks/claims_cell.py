@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyalign.bank.errors import InputError
+from tinyalign.runtime.manifest import MemoryMode
 from tinyalign.runtime.prompt import encode_template, similarity_word
 from tinyalign.runtime.threads import default_threads
 from tinyalign.training import stages
@@ -52,8 +53,10 @@ from tinyalign.training.questions import questions_of
 from tinyalign.training.recipe import Recipe
 from tinyalign.training.world import World, cells_of
 
-Arm = Literal["blind", "baseline", "matched", "random", "tinyalign"]
-ARMS: tuple[Arm, ...] = ("blind", "baseline", "matched", "random", "tinyalign")
+Arm = Literal["blind", "baseline", "matched", "random", "latents", "random text", "tinyalign"]
+ARMS: tuple[Arm, ...] = (
+    "blind", "baseline", "matched", "random", "latents", "random text", "tinyalign",
+)  # fmt: skip
 GROUPS = ("known", "unknown", "shapes", "scenes")
 
 WORK = Path(__file__).parents[1] / "build" / "claims"  # the key head and the warm start
@@ -61,7 +64,11 @@ EPISODES = 1600  # training pictures at 100 % of the data
 TURNS = 2  # questions about each
 BATCH = 8
 MEMORIES = 3
-RATES = {"connector": 1e-3, "rag_connector": 3e-4}
+WITHHELD = 0.5  # share of training pictures whose own concept is left out of what they retrieve
+# What stands before the picture; in every arm its tokens learn, so that none has to learn from its
+# memories, or from tokens in their place, how answers are phrased.
+SYSTEM = "<|im_start|>user\nLook at the picture and answer the question in one short sentence.\n"
+RATES = {"connector": 1e-3, "prompt": 2e-3, "rag_connector": 3e-4}
 WARMUP = 20
 SHARES = {"things": 0.6, "shapes": 0.2, "scenes": 0.2}
 EACH = 40  # questions of each group and type
@@ -93,11 +100,18 @@ def prepared_world(folder: Path) -> World:
     recipe = Recipe()
     world = prepare_world(recipe, folder, unseen=lambda record: set_aside(record.concept))
     parts = world.parts
+    parts.prompt = dataclasses.replace(parts.prompt, system=SYSTEM)
+    parts.to(device())
     run = stages.Run(parts, world, recipe, folder, parts.lm)
     stages.load_checkpoint(run)
     stages.train_bags(run)
     parts.lm = stages.for_training(parts.lm)
     return world
+
+
+def device() -> torch.device:
+    """Where a cell computes."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def set_aside(concept: str) -> bool:
@@ -196,15 +210,26 @@ class Constant(nn.Module):
         return latents.repeat(len(words) // MEMORIES, 1, 1)
 
 
-def memories_of(world: World, arm: Arm, row: int, question: str) -> tuple[RetrievedMemory, ...]:
+def mode_of(arm: Arm) -> MemoryMode:
+    """As what memories are read."""
+    return "text" if arm in ("tinyalign", "random text") else "latent"
+
+
+def memories_of(
+    world: World, arm: Arm, row: int, question: str, withheld: bool = False
+) -> tuple[RetrievedMemory, ...]:
     """What stands in the prompt: nothing, the nearest memories, or random ones in their places."""
     if arm in ("blind", "baseline"):
         return ()
     rng = Random(f"{row}/{question}")
     shown = []
-    for place, score in world.retrieve(row, question, MEMORIES):
+    concept = world.records[row].concept
+    found = world.retrieve(row, question, MEMORIES + (30 if withheld else 0))
+    if withheld:
+        found = [f for f in found if world.records[world.bank[f[0]]].concept != concept]
+    for place, score in found[:MEMORIES]:
         word = similarity_word(world.parts.prompt, score, -1.0) or ""
-        if arm == "random":
+        if arm in ("random", "random text"):
             place = rng.randrange(len(world.bank))
         shown.append(RetrievedMemory(world.bank_texts[place], int(world.bank[place]), word))
     return tuple(shown)
@@ -218,20 +243,24 @@ class Cell:
     arm: Arm
     parts: Parts
     compressor: nn.Module  # Constant in the matched arm
+    prompt: nn.Parameter  # [S, D], added to the tokens before the picture
 
     def loss(self, episodes: Sequence[Episode]) -> tuple[Tensor, Batch, Tensor]:
         """Nats of every answer token [n] of some episodes, the batch, whether each was first."""
         parts, world = self.parts, self.world
         batch = make_batch(episodes, parts.prompt, parts.tokenizer, parts.compressor.shape)
-        cells = cells_of(world, batch.image_rows.tolist())
+        cells = cells_of(world, batch.image_rows.tolist()).to(device())
         if self.arm == "blind":
             cells = torch.ones_like(cells)
-        memory = cells_of(world, batch.memory_rows.tolist()) if len(batch.memory_rows) else cells
+        memory = cells_of(world, batch.memory_rows.tolist()).to(device())
+        batch = batch.to(device())
         inputs = embed_batch(
             batch, cells, memory, parts.embeddings, parts.connector,
             self.compressor, parts.rag_connector,  # type: ignore[arg-type]
         )  # fmt: skip
-        with stages.lm_arithmetic():
+        start = F.pad(self.prompt, (0, 0, 0, inputs.shape[1] - len(self.prompt)))  # [N, D]
+        inputs = inputs + start
+        with stages.lm_arithmetic(device().type):
             logits, labels = answer_logits(parts.lm, inputs, batch)
         nats = F.cross_entropy(logits, labels, reduction="none")
         return nats, batch, logits.argmax(-1) == labels
@@ -245,8 +274,10 @@ def new_cell(world: World, arm: Arm, seed: int) -> Cell:
         if isinstance(module, nn.Linear | nn.LayerNorm):
             module.reset_parameters()
     shape = parts.compressor.shape
-    compressor = Constant(shape.latents, shape.latent_width) if arm == "matched" else None
-    return Cell(world, arm, parts, compressor or parts.compressor)
+    before = len(encode_template(parts.tokenizer, SYSTEM))
+    prompt = nn.Parameter(torch.zeros(before, shape.width, device=device()))
+    constant = Constant(shape.latents, shape.latent_width).to(device())
+    return Cell(world, arm, parts, constant if arm == "matched" else parts.compressor, prompt)
 
 
 def train(
@@ -256,8 +287,8 @@ def train(
     parts = cell.parts
     data = training_episodes(cell.world, seed)
     data = data[: int(fraction * len(data))]
-    groups = {"connector": list(parts.connector.parameters())}
-    if cell.arm not in ("blind", "baseline"):
+    groups = {"connector": list(parts.connector.parameters()), "prompt": [cell.prompt]}
+    if cell.arm in ("matched", "random", "latents"):
         groups["rag_connector"] = stages.text_parameters(parts)
         if cell.arm == "matched":
             groups["rag_connector"] += list(cell.compressor.parameters())
@@ -279,9 +310,18 @@ def train(
             group["lr"] = rate * factor
         parts.connector.train()
         episodes = [
-            Episode(row, memories_of(cell.world, cell.arm, row, turns[0].question), turns)
+            Episode(
+                row,
+                memories_of(
+                    cell.world, cell.arm, row, turns[0].question,
+                    cell.arm in ("latents", "tinyalign")
+                    and Random(f"{seed}/{row}").random() < WITHHELD,
+                ),
+                turns,
+                mode_of(cell.arm),
+            )
             for row, turns in data[step * BATCH : (step + 1) * BATCH]
-        ]
+        ]  # fmt: skip
         loss = cell.loss(episodes)[0].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -314,9 +354,12 @@ def measure(cell: Cell, tests: Sequence[Asked]) -> list[Result]:
     for start in range(0, len(tests), 2 * BATCH):
         part = tests[start : start + 2 * BATCH]
         episodes = [
-            Episode(q.row, memories_of(cell.world, cell.arm, q.row, q.turn.question), (q.turn,))
+            Episode(
+                q.row, memories_of(cell.world, cell.arm, q.row, q.turn.question), (q.turn,),
+                mode_of(cell.arm),
+            )
             for q in part
-        ]
+        ]  # fmt: skip
         nats, batch, first = cell.loss(episodes)
         owner = (batch.labels >= 0).nonzero()[:, 0]
         for number, question in enumerate(part):
@@ -330,16 +373,16 @@ def measure(cell: Cell, tests: Sequence[Asked]) -> list[Result]:
 def without_picture(world: World, tests: Sequence[Asked]) -> list[Result]:
     """The frozen language model's bits for every answer, after the question alone."""
     parts = world.parts
-    spec = dataclasses.replace(parts.prompt, image=())
+    spec = parts.prompt
     stop = encode_template(parts.tokenizer, spec.stop[0])[0]
     results = []
     for question in tests:
         text = spec.system + spec.question.replace("{question}", question.turn.question)
         asked = encode_template(parts.tokenizer, text)
         answer = [*encode_template(parts.tokenizer, question.turn.answer), stop]
-        ids = torch.tensor([[*asked, *answer]])
+        ids = torch.tensor([[*asked, *answer]], device=device())
         rows = F.embedding(ids, parts.embeddings).float()
-        with stages.lm_arithmetic():
+        with stages.lm_arithmetic(device().type):
             hidden = parts.lm.model(inputs_embeds=rows, use_cache=False).last_hidden_state
             logits = parts.lm.lm_head(hidden[0, len(asked) - 1 : -1]).float()
         nats = F.cross_entropy(logits, ids[0, len(asked) :], reduction="sum")
@@ -397,6 +440,7 @@ def main() -> None:
             for p in m.parameters()
             if p.requires_grad
         )
+        result["trained"] += cell.prompt.numel()
         result |= packed(measure(cell, tests))
     else:
         raise InputError(f"no such arm: {arm}")

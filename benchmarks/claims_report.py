@@ -19,6 +19,11 @@ Name = tuple[str, int, float]
 Cells = dict[Name, dict[str, Any]]
 Array = NDArray[np.float64]
 STEPS = EPISODES // BATCH
+PAIRS = (
+    ("tinyalign", "baseline"), ("tinyalign", "matched"), ("tinyalign", "random text"),
+    ("latents", "baseline"), ("latents", "matched"), ("latents", "random"),
+)  # fmt: skip
+COLOURS = {arm: f"C{number}" for number, arm in enumerate(ARMS)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +136,9 @@ def report(cells: Cells) -> str:
         numbers = [shown(bits_of(t, q.tokens, pick)) for pick in picks]
         lines += _row([arm, *numbers, f"{trained:,}"])
     lines += ["", "Less than others have (paired; share of the other's loss in brackets):", ""]
-    lines += _rows(["tinyalign against", "all", *GROUPS])
-    for other in ("baseline", "matched", "random"):
-        lines += _row([other, *_against(cells, q, other)])
+    lines += _rows(["arm", "against", "all", *GROUPS])
+    for arm, other in PAIRS:
+        lines += _row([arm, other, *_against(cells, q, arm, other)])
     lines += ["", "## Steps", "", *steps(cells)]
     lines += ["", "## Right answers (word for word), by type", "", *accuracy(cells, q, full)]
     lines += ["", "## Less data", "", *data(cells, q)]
@@ -141,9 +146,9 @@ def report(cells: Cells) -> str:
     return "\n".join(lines)
 
 
-def _against(cells: Cells, q: Questions, other: str) -> list[str]:
-    shared = _shared(cells, ("tinyalign", other))
-    one, two = table(cells, "tinyalign", FULL, shared), table(cells, other, FULL, shared)
+def _against(cells: Cells, q: Questions, arm: str, other: str) -> list[str]:
+    shared = _shared(cells, (arm, other))
+    one, two = table(cells, arm, FULL, shared), table(cells, other, FULL, shared)
     if not shared or one is None or two is None:
         return ["not run"] * (1 + len(GROUPS))
     found = []
@@ -258,19 +263,19 @@ def plot(cells: Cells, file: Path) -> None:
         (axes[0, 0], "train_bits", "training loss, bits an answer token"),
         (axes[0, 1], "held_bits", "held-out loss, bits an answer token"),
     ):
-        for number, arm in enumerate(ARMS):
+        for arm in ARMS:
             curves = [c["curve"] for (a, _, f), c in cells.items() if a == arm and f == FULL]
             if curves:
                 shared = range(min(map(len, curves)))
                 x = [curves[0][i]["step"] for i in shared]
                 y = [np.mean([curve[i][key] for curve in curves]) for i in shared]
-                panel.plot(x, y, marker="o", ms=3, label=arm, color=f"C{number}")
+                panel.plot(x, y, marker="o", ms=3, label=arm, color=COLOURS[arm])
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("step")
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
     everything = np.ones(len(q.tokens), bool)
-    for number, arm in ((1, "baseline"), (4, "tinyalign")):
+    for arm in ("baseline", "tinyalign"):
         points = [
             (f, *share_of(t, everything))
             for f in sorted({f for *_, f in cells})
@@ -280,16 +285,16 @@ def plot(cells: Cells, file: Path) -> None:
             x, y, low, high = (np.array(column) for column in zip(*points, strict=True))
             error = [np.maximum(0, y - low), np.maximum(0, high - y)]
             axes[1, 0].errorbar(100 * x, y, error, marker="o", ms=4, capsize=3, label=arm,
-                                color=f"C{number}")  # fmt: skip
+                                color=COLOURS[arm])  # fmt: skip
             if arm == "baseline":
-                axes[1, 0].axhline(y[-1], color="C1", ls=":", lw=1)
+                axes[1, 0].axhline(y[-1], color=COLOURS[arm], ls=":", lw=1)
     axes[1, 0].set_title("right answers (word for word)", fontsize=10)
     axes[1, 0].set_xlabel("share of the training data, %")
     axes[1, 0].legend(fontsize=8)
     axes[1, 0].grid(alpha=0.3)
     without = "blind" if _shared(cells, ("blind", "tinyalign")) else "lm"
     width = 0.38
-    for place, (number, arm) in enumerate(((1, "baseline"), (4, "tinyalign"))):
+    for place, arm in enumerate(("baseline", "tinyalign")):
         shared = _shared(cells, (arm, without))
         one = table(cells, arm, FULL, shared) if shared else None
         two = table(cells, without, FULL, shared) if shared else None
@@ -299,7 +304,7 @@ def plot(cells: Cells, file: Path) -> None:
         y, low, high = (np.array(column) for column in zip(*found, strict=True))
         at = np.arange(len(GROUPS)) + (place - 0.5) * width
         error = [np.maximum(0, y - low), np.maximum(0, high - y)]
-        axes[1, 1].bar(at, y, width, yerr=error, capsize=3, label=arm, color=f"C{number}")
+        axes[1, 1].bar(at, y, width, yerr=error, capsize=3, label=arm, color=COLOURS[arm])
     axes[1, 1].set_xticks(range(len(GROUPS)), GROUPS)
     axes[1, 1].set_title(f"effective mutual information against {without}, bits", fontsize=10)
     axes[1, 1].legend(fontsize=8)

@@ -172,7 +172,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run what is not in the results file yet; returns the runs, one a memory mode."""
     model = TinyAlign.load(options.model)
     cells, records = load_features()
-    lessons = lessons_of(model, records, options.n)
+    lessons = lessons_of(model.parts.tokenizer, records, options.n)
     own = sum(len(bank) for bank in model.banks)
     for number in options.distractors:
         if isinstance(number, int) and 0 < number <= own:

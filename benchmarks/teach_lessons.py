@@ -12,6 +12,7 @@ import numpy as np
 from common import blank, note, says, seen, words_of
 from distractors import draw_facts, told, views_by_id
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from tinyalign.runtime import Answer, EncodedPicture, TinyAlign
 from tinyalign.runtime.prompt import encode_question, encode_text, similarity_word
@@ -53,7 +54,7 @@ class Lesson:
     questions: tuple[Question, ...]
 
 
-def lessons_of(model: TinyAlign, records: Sequence[Record], n: int) -> list[Lesson]:
+def lessons_of(tokenizer: Tokenizer, records: Sequence[Record], n: int) -> list[Lesson]:
     """The same for every condition; fewer things are the first of more."""
     views = {
         id: rows
@@ -62,17 +63,17 @@ def lessons_of(model: TinyAlign, records: Sequence[Record], n: int) -> list[Less
     }
     ids = sorted(views)
     rng_of(f"teach/{SEED}").shuffle(ids)
-    return [lesson(model, id, views[id], number) for number, id in enumerate(ids[:n])]
+    return [lesson(tokenizer, id, views[id], number) for number, id in enumerate(ids[:n])]
 
 
-def lesson(model: TinyAlign, id: str, rows: Sequence[int], number: int) -> Lesson:
+def lesson(tokenizer: Tokenizer, id: str, rows: Sequence[int], number: int) -> Lesson:
     """An invented name, 1 + number % 3 facts, and what is asked."""
     rng = rng_of(f"teach/{SEED}/{id}")
     while True:
         name = invented_name(rng)
         facts = draw_facts(rng, 1 + number % 3, unseen=number // 3 % 2 == 1)
         text = told(name, facts)
-        tokens = len(encode_text(model.parts.tokenizer, text))
+        tokens = len(encode_text(tokenizer, text))
         if tokens <= LONGEST:
             break
     known = {fact.attribute for fact in facts}

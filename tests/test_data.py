@@ -268,7 +268,7 @@ def test_glosses_are_cut_at_a_clause() -> None:
 
 
 def test_features_are_read_while_they_grow(tmp_path) -> None:
-    folder = tmp_path / "features"
+    folder = features.features_dir(tmp_path)
     folder.mkdir()
     rows = np.arange(2 * 10 * 1280, dtype=np.float16).reshape(2, 10, 1280)
     (folder / "emoji.f16").write_bytes(rows.tobytes() + b"half a row")

@@ -29,7 +29,7 @@ from tinyalign.training.facts import (
 )
 from tinyalign.training.features import Record
 from tinyalign.training.questions import noun_phrase, questions_of, sentence
-from tinyalign.training.recipe import Recipe
+from tinyalign.training.recipe import Mix, Recipe
 from tinyalign.training.world import SHOWN, World
 
 UNKNOWN = "I do not know."
@@ -188,19 +188,23 @@ def misleading(world: World, row: int, recipe: Recipe, rng: Random) -> tuple[Ret
 
 
 def draw_taught(
-    world: World, record: Record, rng: Random, attributes: Sequence[str] = ()
+    world: World,
+    record: Record,
+    rng: Random,
+    attributes: Sequence[str] = (),
+    invented: float = Mix.invented,
 ) -> Taught:
     """Invent what a person may tell about a picture. `attributes` names kinds of facts that must be
     among it.
 
-    Sometimes the name is the picture's own or another thing's: a memory is right also where it says
-    what the picture does not look like.
+    The name is `invented` in that share of cases, else the picture's own or, as often, another
+    thing's: a memory is right also where it says what the picture does not look like.
     """
     chance = rng.random()
     name = invented_name(rng)
-    if chance < 0.15:
+    if chance >= (1 + invented) / 2:
         name = record.name or name
-    elif chance < 0.35:
+    elif chance >= invented:
         name = world.records[rng.choice(world.bank)].name or name
     facts = [draw_fact(rng, attribute_named(attribute, rng)) for attribute in attributes]
     while len(facts) < rng.choice([0, 1, 1, 2, 2, 3]):
@@ -232,7 +236,7 @@ def taught_episode(
     record = world.records[row]
     others = [other for other in world.views[record.id] if other != row]
     remembered = rng.choice(others) if others else row
-    taught = draw_taught(world, record, rng)
+    taught = draw_taught(world, record, rng, invented=recipe.mix.invented)
     missing = draw_missing(taught, recipe, rng)
     turns = taught_turns(record, taught, missing, recipe, rng)
     score = float(world.key(row, turns[0].question) @ world.key(remembered, taught.text))

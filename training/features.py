@@ -48,7 +48,8 @@ ORDER = ("emoji", "photos", "easy_vqa", "furniture", "prototypes", "composites",
 STYLES = (*styles.EMOJI_STYLES, "turned")  # only the key head learns from them
 VIEWS = {"emoji": 3, "photos": 2, "easy_vqa": 1, "furniture": 2, "clipart": 2}
 VIEWS |= {"noto": 2, "twemoji": 2, "flat": 1, "turned": 1}
-SCENES = 4000
+SCENES = 8000
+RULES = 2  # of what records say; raise it where a rule changes
 BATCH = 16
 PROTOTYPE_VIEWS = 2
 IMAGE = ImageSpec(
@@ -98,8 +99,8 @@ class Job:
 
 
 def features_dir(cache: Path | None = None) -> Path:
-    """Where the feature files lie."""
-    return (cache or cache_dir()) / "features"
+    """Where the feature files lie: records made by other rules (colours, say) lie elsewhere."""
+    return (cache or cache_dir()) / f"features-{RULES}"
 
 
 def load_features(

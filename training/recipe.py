@@ -53,6 +53,7 @@ class Mix:
     taught: float = (
         0.45  # another view of the picture is in the bank, mostly under an invented name
     )
+    invented: float = 0.65  # of what was taught: the name is invented
     neighbours: float = 0.35  # only other pictures
     misleading: float = 0.10  # memories of unrelated pictures
     shuffled: float = 0.25  # of all: memories not in the order of their scores
@@ -81,10 +82,10 @@ class Recipe:
     lora_alpha: int = 32
     turns: int = 3  # questions an episode asks; they share the picture and the memories
     bags: Stage = Stage(300, 24, {"compressor": 2e-3, "rag_connector": 2e-3})
-    slots: Stage = Stage(700, 128, {"connector": 1.5e-3, "memory_picture": 1.5e-3})
+    slots: Stage = Stage(2000, 128, {"connector": 1.5e-3, "memory_picture": 1.5e-3})
     align: Stage = Stage(50, 8, {"connector": 1e-4, "rag_connector": 2e-4, "copy": 2e-2})
     finetune: Stage = Stage(
-        600,
+        2400,
         8,
         {"lora": 8e-4, "connector": 5e-5, "rag_connector": 1e-4, "copy": 1e-2},
         warmup=20,

@@ -148,7 +148,7 @@ def colour_words(rgb: NDArray[np.uint8]) -> NDArray[np.str_]:
             reddish & pale & ((hue >= 330) | (hue < 8)),
             ((hue < 40) | (hue >= 338)) & dull,
             ((hue < 40) | (hue >= 338)) & pale,
-            (hue < 12) | (hue >= 346),
+            (hue < 12) | (hue >= 346) | ((hue >= 336) & (saturation > 0.66)),  # and shaded red
             (hue < 40) & (high < 0.66),
             hue < 36,
             (hue < 66) & (high > 0.55),

@@ -47,11 +47,14 @@ class World:
     bank_keys: NDArray[np.float32]
     bank_texts: Sequence[str]
     parts: Parts
+    embeddings: torch.Tensor  # [V, D], stays on the CPU wherever the parts are
 
     def key(self, row: int, text: str) -> NDArray[np.float32]:
         """Key [di + dt] of a row's picture with a text."""
         assert self.parts.keys is not None
-        return make_key(self.cells[row, 0], text_mean(self.parts, text), self.parts.keys)
+        ids = encode_text(self.parts.tokenizer, text)
+        mean = self.embeddings[list(ids)].float().mean(0).numpy()
+        return make_key(self.cells[row, 0], mean, self.parts.keys)
 
     def retrieve(self, row: int, question: str, count: int) -> list[tuple[int, float]]:
         """Nearest memories of a row's picture and a question, without the picture itself, its views
@@ -102,7 +105,8 @@ def make_world(
         print(f"{cut} memories are cut: they hold at most {longest} tokens", file=sys.stderr)
     means = np.stack([text_mean(parts, text) for text in texts])
     keys = make_keys(cells[bank, 0].astype(np.float32), means, parts.keys)
-    return World(cells, records, views, np.array(bank), keys, texts, parts)
+    table = parts.embeddings.detach()
+    return World(cells, records, views, np.array(bank), keys, texts, parts, table)
 
 
 def fit_keys(
