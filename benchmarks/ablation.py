@@ -2,11 +2,14 @@
 
     python benchmarks/ablation.py [VARIANT ...] [--seeds 0 1 2]
 
-All variants start from one and the same run of stages 0 and 1 and fine-tune for 600 steps; held-out things and questions are those of `held_out.py`. A finished variant is kept
-in benchmarks/results/ablation/ and not run again; without VARIANT all missing ones are run, and the
-table of all that are there is printed. One takes some 50 minutes on two cores.
+All variants start from one and the same run of stages 0 and 1 and fine-tune for 600 steps; held-out
+things and questions are those of `held_out.py`. A finished variant is kept in
+benchmarks/results/ablation/ and not run again; without VARIANT all missing ones are run. The table
+of all that are there goes to docs/ablation.md. One takes some 50 minutes on two cores, and less
+than five on a GPU.
 """
 
+# ruff: noqa: E501 - HEAD and READING are a document
 from __future__ import annotations
 
 import argparse
