@@ -45,11 +45,11 @@ EXACT_LIMIT = 20_000
 
 LINKS = 16  # M
 BUILD_EFFORT = 200  # ef_construction
-SEARCH_EFFORT = 80  # ef
+SEARCH_EFFORT = 100  # ef
 # Signs are compared of a key's first numbers, the picture's main axes. More of them or less strict
 # deviations find more and take longer.
 SIGNS = 128
-TWIN_DEVIATIONS = 3.5
+TWIN_DEVIATIONS = 4.5
 ENDINGS = (".hnsw", ".hnsw.npy", ".hnsw.json")  # of the cache files, after the bank's name
 CACHE_FORMAT = 2
 SIDECAR_BYTES = 4096

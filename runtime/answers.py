@@ -56,6 +56,9 @@ class Answer:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     finish_reason: Literal["stop", "length"]  # the model ended, or max_tokens did
+    runs: int = (
+        0  # of the language model after the prompt; fewer than tokens where drafts were right
+    )
 
 
 class AnswerStream(Iterator[str]):

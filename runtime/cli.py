@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 # All else is imported when it is needed, so that --help is quick and Ctrl-C always quiet.
@@ -25,6 +26,7 @@ examples:
   tinyalign-infer - "What colour is it?" < photo.png
   tinyalign-infer part.jpg "Which part number is this?" --bank workshop.sqlite --bank default
   tinyalign-infer cat.jpg "What is this?" --json
+  tinyalign-infer --jsonl questions.jsonl --output answers.jsonl
 
 exit codes: 0 answered; 1 something failed; 2 the input cannot be used (one line on stderr says
 why); 130 interrupted with Ctrl-C."""
@@ -46,8 +48,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("image", metavar="IMAGE", help="picture file, or - to read it from stdin")
-    p.add_argument("question", metavar="QUESTION", help="what you want to know about it")
+    p.add_argument(
+        "image", metavar="IMAGE", nargs="?", help="picture file, or - to read it from stdin"
+    )
+    p.add_argument("question", metavar="QUESTION", nargs="?", help="what you want to know about it")
     p.add_argument(
         "--model",
         metavar="DIR",
@@ -55,6 +59,19 @@ def parser() -> argparse.ArgumentParser:
         "else default-model in ~/.cache/tinyalign)",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object when all is done")
+    many = p.add_argument_group("many questions")
+    many.add_argument(
+        "--jsonl",
+        metavar="FILE",
+        help='answer every line {"image": path, "question": text} of a file, in place of IMAGE and '
+        "QUESTION; each answer is a line of JSON",
+    )
+    many.add_argument(
+        "--output",
+        metavar="FILE",
+        help="with --jsonl: write the answers here, and go on where an earlier run was stopped "
+        "(default: standard output)",
+    )
     memory = p.add_argument_group("memory bank")
     memory.add_argument(
         "--bank",
@@ -142,10 +159,15 @@ def guarded(program: str, work: Callable[[], int | None]) -> int:
     return code or 0
 
 
-def answer(arguments: argparse.Namespace) -> None:
+def answer(arguments: argparse.Namespace) -> int | None:
     """Load the model, ask, print."""
     check(arguments)
     where = pairs(arguments.where, "--where")
+    asked = None
+    if arguments.jsonl:
+        from tinyalign.runtime import batch
+
+        asked = batch.read_questions(Path(arguments.jsonl))
     picture = standard_input() if arguments.image == "-" else arguments.image
 
     from tinyalign.runtime.model import TinyAlign
@@ -153,28 +175,36 @@ def answer(arguments: argparse.Namespace) -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # decoders warn about what an error line says better
     banks = [] if arguments.no_memory else arguments.bank
+    options = {
+        "memory": not arguments.no_memory,
+        "memory_mode": arguments.memory_mode,
+        "top_k": arguments.top_k,
+        "where": where or None,
+        "max_tokens": arguments.max_tokens,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+    }
     with TinyAlign.load(arguments.model, arguments.threads, banks) as model:
-        stream = model.stream(
-            picture,
-            arguments.question,
-            memory=not arguments.no_memory,
-            memory_mode=arguments.memory_mode,
-            top_k=arguments.top_k,
-            where=where or None,
-            max_tokens=arguments.max_tokens,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
+        if asked is not None:
+            output = Path(arguments.output) if arguments.output else None
+            failed = batch.answer_file(
+                model, asked, output, options, lambda result: summary(result, model.load_ms)
+            )
+            if failed:
+                return complain("tinyalign-infer", f"{failed} of {len(asked)} not answered", 2)
+            return None
+        stream = model.stream(picture, arguments.question, **options)
         if arguments.json:
             sys.stdout.write(json.dumps(summary(stream.answer, model.load_ms)) + "\n")
-            return
+            return None
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show every letter
         for piece in stream:
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
+    return None
 
 
 def summary(result: Any, load_ms: float) -> dict[str, Any]:
@@ -195,8 +225,16 @@ def check(arguments: argparse.Namespace) -> None:
     """What can be refused before anything is loaded."""
     from tinyalign.runtime.errors import InputError
 
-    if not arguments.question.strip():
+    if arguments.jsonl:
+        if arguments.image is not None:
+            raise InputError("--jsonl takes the place of IMAGE and QUESTION: give one or the other")
+    elif arguments.question is None:
+        missing = "QUESTION" if arguments.image is not None else "IMAGE, QUESTION"
+        raise InputError(f"required: {missing} (see tinyalign-infer --help)")
+    elif not arguments.question.strip():
         raise InputError("the question is empty")
+    if arguments.output and not arguments.jsonl:
+        raise InputError("--output goes with --jsonl")
     for name in ("top_k", "max_tokens", "threads"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

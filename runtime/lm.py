@@ -19,6 +19,7 @@ from tinyalign.runtime.errors import ModelError, TinyAlignError
 from tinyalign.runtime.manifest import LmSpec
 
 Floats: TypeAlias = NDArray[np.float32]
+KEPT = 16  # bindings of so many tokens at most are used again
 CAPACITY_STEP = 64  # buffers come in multiples of this many tokens
 
 
@@ -29,7 +30,8 @@ class LmState:
     capacity: int
     buffers: dict[str, ort.OrtValue]  # "0.key", "0.value", "1.key", ...
     length: int = 0
-    step: _Run | None = field(default=None, repr=False)  # the binding for one token, used again
+    # Bindings to use again, by number of tokens and of rows of logits.
+    runs: dict[tuple[int, int], _Run] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -66,17 +68,16 @@ class LanguageModel:
     def forward(self, state: LmState, embeddings: Floats, rows: tuple[int, ...] = (-1,)) -> Floats:
         """Read ``embeddings`` [N, D] after what ``state`` holds; logits [R, V] of the given rows.
 
-        The logits of a single token stay valid only until the next call with the same state.
+        The logits of up to 16 tokens stay valid only until the next call with the same state.
         """
         count = len(embeddings)
         if state.length + count > state.capacity:
             raise TinyAlignError(
                 f"{state.length + count} tokens do not fit into a cache of {state.capacity}"
             )
-        if count == 1 and len(rows) == 1:
-            run = state.step = state.step or self._bind(state, 1, 1)
-        else:
-            run = self._bind(state, count, len(rows))
+        run = state.runs.get((count, len(rows))) or self._bind(state, count, len(rows))
+        if count <= KEPT:
+            state.runs[count, len(rows)] = run
         run.embeddings[0] = embeddings
         run.rows[:] = [row % count for row in rows]
         run.last[0] = state.length + count - 1
