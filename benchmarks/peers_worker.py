@@ -63,7 +63,9 @@ class TinyAlignLm:
         return self._lm.forward(self._state, self._rows([token]))[0]
 
     def every(self, ids: Sequence[int]) -> Logits:
-        return self._lm.forward(self._lm.new_state(len(ids)), self._rows(ids), tuple(range(len(ids))))
+        return self._lm.forward(
+            self._lm.new_state(len(ids)), self._rows(ids), tuple(range(len(ids)))
+        )
 
     def _rows(self, ids: Sequence[int]) -> Logits:
         return self._table[list(ids)].astype(np.float32)

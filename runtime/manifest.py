@@ -119,6 +119,8 @@ class PromptSpec:
     # Bonus on the logit of the next token of a memory's sentence, after an answer has repeated
     # 1, 2, .. tokens of it.
     copy_bonus: tuple[float, ...] = (0.0, 0.0, 0.0)
+    # What answers often say: guesses for decoding, which never change an answer (`decode.py`).
+    phrases: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

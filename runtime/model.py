@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -51,6 +52,7 @@ from tinyalign.runtime.prompt import (
     build_prompt,
     embed,
     encode_question,
+    encode_template,
     encode_text,
     relevant,
     similarity_word,
@@ -407,8 +409,8 @@ class TinyAlign:
         tokens = self._memory_tokens(hits, texts, mode)
         segments = self._check_room(question, hits, tokens, max_tokens)
         rows = embed(segments, parts.embeddings, picture.image_tokens, tokens)  # [N, D]
-        limit = min(max_tokens, context - len(rows))
-        state = parts.lm.new_state(len(rows) + limit)
+        limit = min(max_tokens, context - len(rows) - 1)  # decoding reads one token ahead
+        state = parts.lm.new_state(len(rows) + limit + 1)
         random = sampling.generator()
         token = pick(parts.lm.forward(state, rows)[0], sampling, random)  # nothing to copy yet
         prefilled = time.perf_counter()
@@ -417,10 +419,9 @@ class TinyAlign:
             add_copy_bonus(logits, answer, sentences, bonus)
             return pick(logits, sampling, random)
 
-        end = parts.tokenizer.token_to_id(parts.manifest.prompt.stop[0])  # follows a sentence
         runs = continue_answer(
             parts.lm, state, parts.embeddings, token, choose, parts.stop_ids, limit,
-            [(*sentence, end) for sentence in sentences] if drafts else (),
+            self._guesses(picture, sentences) if drafts else (),
         )  # fmt: skip
         ids: list[int] = []
         text = ""
@@ -454,6 +455,27 @@ class TinyAlign:
         return Answer(
             text + rest, tuple(hits), timings, len(ids), tuple(ids), len(rows), finish, steps
         )
+
+    @cached_property
+    def _phrases(self) -> list[tuple[int, ...]]:
+        """What answers often say, in tokens."""
+        tokenizer, prompt = self._parts.tokenizer, self._parts.manifest.prompt
+        return [encode_template(tokenizer, phrase) for phrase in prompt.phrases]
+
+    def _guesses(
+        self, picture: EncodedPicture, sentences: Sequence[tuple[int, ...]]
+    ) -> list[tuple[int, ...]]:
+        """What an answer may say: the memories' sentences, the picture's name, usual phrases."""
+        parts, prompt = self._parts, self._parts.manifest.prompt
+        end = parts.tokenizer.token_to_id(prompt.stop[0])
+        guesses = [(*sentence, end) for sentence in sentences]
+        slots = next((piece for piece in prompt.image if isinstance(piece, int)), 0)
+        article, other, stop = (encode_text(parts.tokenizer, text) for text in (" a", " an", "."))
+        name = tuple(picture.token_ids[:slots].tolist())
+        while name[:1] == tuple(article):  # the name stands at the end of its slots
+            name = name[1:]
+        guesses += [(*start, *name, *stop, end) for start in (article, other)]
+        return guesses + self._phrases
 
     def _check_room(
         self, question: str, hits: Sequence[Hit], tokens: Sequence[Floats], max_tokens: int

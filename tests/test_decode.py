@@ -70,11 +70,10 @@ def test_any_draft_gives_the_same_answer(limit: int) -> None:
     for _ in range(200):
         says = [*rng.integers(1, 6, size=rng.integers(1, 30)).tolist(), STOP]
         sentences = [tuple(rng.integers(0, 6, size=rng.integers(0, 9)).tolist()) for _ in range(4)]
-        plain, one_by_one, _ = recite(says, [], limit)
         told, lm, state = recite(says, sentences, limit)
-        assert told == plain == says[:limit]
-        assert len(lm.runs) <= len(one_by_one.runs) == len(plain) - 1
-        assert max(map(len, lm.runs), default=1) <= 1 + LONGEST_DRAFT
+        assert told == recite(says, [], limit)[0] == says[:limit]
+        assert len(lm.runs) <= len(told) - 1
+        assert all(2 <= len(run) <= 1 + LONGEST_DRAFT for run in lm.runs)
         assert state.length <= len(told)
 
 
@@ -91,5 +90,4 @@ def test_tiny_answers_do_not_depend_on_drafts(tiny: Path) -> None:
             fast = model.ask(picture(seed), "what is it?", **options)
             slow = model.ask(picture(seed), "what is it?", drafts=False, **options)
             assert fast.token_ids == slow.token_ids and fast.text == slow.text
-            ended = slow.finish_reason == "stop"
-            assert fast.runs <= slow.runs == slow.tokens - 1 + ended
+            assert max(fast.runs, slow.runs) <= slow.tokens

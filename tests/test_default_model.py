@@ -9,6 +9,7 @@ import sys
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
@@ -123,6 +124,40 @@ def test_a_memory_costs_at_most_four_tokens(model: TinyAlign) -> None:
     text = sum(len(encode_text(model.parts.tokenizer, hit.text)) for hit in hits)
     frame = asked["text"].prompt_tokens - text
     assert len(hits) <= asked["latent"].prompt_tokens - frame <= 4 * len(hits) < text
+
+
+def test_drafts_change_no_answer_and_save_runs(model: TinyAlign) -> None:
+    """Greedy and sampled, over all example pictures."""
+    questions = ("What is this?", "Tell me about this.", "Is this a cat?", "Where is it kept?")
+    runs = tokens = 0
+    for name in ALL:
+        picture = model.encode(PICTURES / name)
+        for number, question in enumerate(questions):
+            options = {"temperature": 0.7 * (number % 2), "seed": number, "max_tokens": 32}
+            fast = model.ask(picture, question, **options)
+            plain = model.ask(picture, question, drafts=False, **options)
+            assert fast.token_ids == plain.token_ids
+            runs, tokens = runs + fast.runs, tokens + plain.tokens
+    assert runs < 0.8 * tokens
+
+
+def test_what_is_read_at_once_does_not_matter(model: TinyAlign) -> None:
+    """From two rows on, to the last bit: drafts and caches rest on it."""
+    lm, table = model.parts.lm, model.parts.embeddings
+    ids = encode_text(model.parts.tokenizer, "The pump moves water from the river to the garden.")
+    rows = table[list(ids) * 2].astype(np.float32)
+
+    def read(*parts: int) -> np.ndarray:
+        state, found, start = lm.new_state(len(rows)), [], 0
+        for count in (*parts, len(rows) - sum(parts)):
+            part = rows[start : start + count]
+            found.append(lm.forward(state, part, tuple(range(count))).copy())
+            start += count
+        return np.concatenate(found)
+
+    whole = read()
+    for parts in ((2,), (3, 2, 2), (7, 5), (len(rows) - 2,)):
+        assert np.array_equal(read(*parts), whole)
 
 
 def test_no_memory_is_the_same_as_no_bank(model: TinyAlign) -> None:

@@ -32,6 +32,31 @@ PROMPT = PromptSpec(
     # third it scores at most 0.1 less than the first in .96 of cases; where it is found first, it
     # is ahead of all others by more than 0.1 in .75, and then stands alone.
     margin=0.1,
+    phrases=(
+        "I do not know.<|im_end|>",
+        "This is a",
+        "These are",
+        "The picture shows a",
+        "There are two",
+        "There is one",
+        "There is no",
+        "Yes, this is a",
+        "Yes, there is a",
+        "No, this is not a",
+        "No, there is no",
+        " is a kind of",
+        " is on the left.<|im_end|>",
+        " is on the right.<|im_end|>",
+        " is at the top.<|im_end|>",
+        " is at the bottom.<|im_end|>",
+        " is in the centre.<|im_end|>",
+        "It is kept in the",
+        "It belongs to",
+        "It was made by",
+        "It comes from",
+        "Its price is",
+        "The rule is:",
+    ),
     memory_mode="text",  # reads best: docs/memory-bank.md, "How well teaching works"
 )
 
