@@ -1,6 +1,7 @@
 """How long the default model takes, part by part, beside the same pipeline in torch.
 
     python benchmarks/latency.py [--torch] [--json FILE]
+    python benchmarks/latency.py --profile [--json FILE]
 
 Inside one process: load, encode, retrieve, prefill, decode, first token and tokens a second, after
 warm-up, runtime and torch in turns. As whole processes: from start to the first letter of the
@@ -49,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeat", metavar="N", type=int, default=5, help="rounds over all pictures")
     p.add_argument("--processes", metavar="N", type=int, default=5, help="starts of the command")
     p.add_argument("--threads", metavar="N", type=int, default=default_threads())
+    p.add_argument(
+        "--profile", action="store_true", help="instead: where the time of one question goes"
+    )
     p.add_argument("--json", metavar="FILE", type=Path, help="write everything measured here")
     return p
 
@@ -59,6 +63,16 @@ def main() -> None:
         str(path) for path in PICTURES.iterdir() if path.suffix in (".jpg", ".png", ".webp")
     )
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if options.profile:
+        from latency_profile import profile, report
+
+        found = profile(options.model, options.threads, Path(pictures[0]), options.question)
+        print(report(found))
+        if options.json:
+            options.json.write_text(
+                json.dumps({"machine": machine(options.threads), **found}, indent=1) + "\n"
+            )
+        return
     # Processes first: a child's peak memory counts what this process held when it was started.
     starts = whole_processes(options, pictures[0])
     asks = {"runtime": runtime_pipeline(options)}
@@ -91,15 +105,17 @@ def runtime_pipeline(options: argparse.Namespace) -> tuple[float, Ask]:
     model = TinyAlign.load(options.model, options.threads)
 
     def ask(picture: str) -> Sample:
+        model._seen.clear()  # else the second round would not look at the pictures
         answer = model.ask(picture, options.question, max_tokens=options.max_tokens)
         times = answer.timings
-        runs = answer.tokens - (answer.finish_reason == "length")  # of the LM after the first
+        tokens = answer.tokens - (answer.finish_reason == "length")  # after the first, with the end
         return {
             "encode": times.encode,
             "retrieve": times.retrieve,
             "prefill": times.prefill,
             "first_token": times.first_token,
-            "decode_per_token": times.decode / max(1, runs),
+            "decode_per_token": times.decode / max(1, tokens),
+            "runs_per_token": answer.runs / max(1, tokens),
             "prompt_tokens": answer.prompt_tokens,
             "tokens": answer.tokens,
         }

@@ -2,10 +2,10 @@
 
     python benchmarks/peers_worker.py PEER MODEL_DIR GGUF WORK
 
-Reads requests as lines of JSON on stdin and answers each with a line: {"do": "prefill", "ids"} gives
-{"seconds"}; {"do": "decode", "ids", "count"} gives {"seconds", "ids"} of greedy decoding after the
-prompt; {"do": "nll", "ids"} gives {"nats"}, the sum over all tokens but the first; {"do": "rss"}
-gives {"mib"}. The answer to the first line, {"do": "load"}, gives {"version"}.
+Reads requests as lines of JSON on stdin and answers each with a line: {"do": "prefill", "ids"}
+gives {"seconds"}; {"do": "decode", "ids", "count"} gives {"seconds", "ids"} of greedy decoding
+after the prompt; {"do": "nll", "ids"} gives {"nats"}, the sum over all tokens but the first;
+{"do": "rss"} gives {"mib"} and {"do": "load"} gives {"version"}.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tinyalign.export.graph import Precision
 from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, write_embeddings
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.files import file_entry
-from tinyalign.runtime.images import Picture, load_picture, preprocess
+from tinyalign.runtime.images import Picture, load_for, preprocess
 from tinyalign.runtime.keys import save_key_arrays
 from tinyalign.runtime.manifest import (
     MANIFEST_NAME,
@@ -93,7 +93,7 @@ def write_components(
 def examples(parts: Parts, pictures: Sequence[Picture]) -> dict[str, tuple[torch.Tensor, ...]]:
     """Inputs of two or more rows for each component but the language model."""
     spec, memory = ImageSpec(), parts.compressor.shape
-    pixels = np.stack([preprocess(load_picture(p, spec.background), spec) for p in pictures])
+    pixels = np.stack([preprocess(load_for(p, spec), spec) for p in pictures])
     cells = torch.ones(2, parts.connector.shape.cells, memory.vision_width)
     return {
         "vision": (torch.from_numpy(pixels),),

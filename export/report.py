@@ -26,7 +26,7 @@ from tinyalign.bank import Bank, MemoryBank
 from tinyalign.export.components import SIGNATURES
 from tinyalign.export.model_dir import Precisions
 from tinyalign.runtime import TinyAlign
-from tinyalign.runtime.images import Picture, load_picture, preprocess
+from tinyalign.runtime.images import Picture, load_for, preprocess
 from tinyalign.runtime.loading import open_session
 from tinyalign.runtime.manifest import ImageSpec
 from tinyalign.runtime.memory_text import read_memory
@@ -162,7 +162,7 @@ def real_inputs(
 ) -> dict[str, tuple[torch.Tensor, ...]]:
     """What real pictures and their nearest memories give each component."""
     spec, memory = ImageSpec(), parts.compressor.shape
-    pixels = np.stack([preprocess(load_picture(p, spec.background), spec) for p in pictures])
+    pixels = np.stack([preprocess(load_for(p, spec), spec) for p in pictures])
     with torch.inference_mode():
         cells = parts.vision(torch.from_numpy(pixels))
         read = [  # texts of several lengths

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyalign.runtime.errors import InputError
-from tinyalign.runtime.images import load_picture
+from tinyalign.runtime.images import load_for
 from tinyalign.runtime.model import TinyAlign
 
 AT_ONCE = 16  # pictures that are encoded together
@@ -103,7 +103,7 @@ def answer_all(
         errors: dict[Path, str] = {}
         for path in dict.fromkeys(item.path for item in part):
             try:
-                pictures[path] = load_picture(path, model.parts.manifest.image.background)
+                pictures[path] = load_for(path, model.parts.manifest.image)
             except InputError as error:
                 errors[path] = str(error)
         encoded = dict(zip(pictures, model.encode_many(list(pictures.values())), strict=True))

@@ -55,8 +55,22 @@ _RESAMPLE = {
 }
 
 
-def load_picture(source: Picture, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """The picture upright, 8-bit RGB, without transparency. Raises PictureError."""
+def load_for(source: Picture, spec: ImageSpec) -> Image.Image:
+    """The picture as ``load_picture`` gives it, on the encoder's background.
+
+    A JPEG file of more than twice the encoder's size is decoded at a half, a quarter or an eighth
+    of its size, as long as twice the encoder's is left: four times as fast for a photo of 12 MP.
+    """
+    return load_picture(source, spec.background, 2 * spec.size)
+
+
+def load_picture(
+    source: Picture, background: tuple[int, int, int] = WHITE, least: int = 0
+) -> Image.Image:
+    """The picture upright, 8-bit RGB, without transparency. Raises PictureError.
+
+    With ``least``, a JPEG file may come smaller, but with so many pixels each way at least.
+    """
     if isinstance(source, Image.Image):
         return _decode(source, "the picture", background)
     if isinstance(source, np.ndarray):
@@ -64,7 +78,10 @@ def load_picture(source: Picture, background: tuple[int, int, int] = WHITE) -> I
     data, name = _read(source)
     if not data:
         raise PictureError(f"{name} is empty")
-    return _decode(_open(data, name), name, background)
+    image = _open(data, name)
+    if least and image.format == "JPEG":
+        image.draft(None, (least, least))
+    return _decode(image, name, background)
 
 
 def thumbnail(picture: Image.Image, side: int = THUMBNAIL_SIDE) -> bytes:

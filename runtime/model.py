@@ -35,7 +35,7 @@ from tinyalign.bank.opening import open_bank
 from tinyalign.runtime.answers import Answer, AnswerStream, EncodedPicture, Timings
 from tinyalign.runtime.decode import continue_answer
 from tinyalign.runtime.errors import InputError, QuestionError
-from tinyalign.runtime.images import Picture, load_picture, normalise, resize, thumbnail
+from tinyalign.runtime.images import Picture, load_for, normalise, resize, thumbnail
 from tinyalign.runtime.keys import make_key, mean_embedding, retold_key
 from tinyalign.runtime.loading import (
     DEFAULT_BANK,
@@ -286,7 +286,7 @@ class TinyAlign:
         ids = self.check_text(text)
         small = None
         if not isinstance(image, EncodedPicture):
-            image = load_picture(image, self._parts.manifest.image.background)
+            image = load_for(image, self._parts.manifest.image)
             small = thumbnail(image)
         seen = self.encode(image)
         latents = self._compress(text, seen.cells)
@@ -328,7 +328,7 @@ class TinyAlign:
     def _pixels(self, image: Picture) -> NDArray[np.uint8]:
         """A picture as the encoder sees it, u8 [S, S, 3]."""
         spec = self._parts.manifest.image
-        return resize(load_picture(image, spec.background), spec)
+        return resize(load_for(image, spec), spec)
 
     def _see(self, pictures: Sequence[NDArray[np.uint8]]) -> list[EncodedPicture]:
         """Pictures as pixels, encoded; those that were seen lately are not encoded again."""

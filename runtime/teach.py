@@ -19,7 +19,7 @@ from tinyalign.bank.bank import MemoryBank
 from tinyalign.bank.memory import metadata_json
 from tinyalign.bank.store import Header
 from tinyalign.runtime.errors import InputError, PictureError
-from tinyalign.runtime.images import load_picture, resize, thumbnail
+from tinyalign.runtime.images import load_for, resize, thumbnail
 from tinyalign.runtime.items import Item
 from tinyalign.runtime.model import TinyAlign
 
@@ -175,7 +175,7 @@ class _Read:
 def _read(model: TinyAlign, item: Item) -> _Read | Failure:
     spec = model.parts.manifest.image
     try:
-        picture = load_picture(item.image, spec.background)
+        picture = load_for(item.image, spec)
     except PictureError as error:
         return Failure(item, str(error))
     pixels = resize(picture, spec)

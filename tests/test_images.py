@@ -325,3 +325,24 @@ def test_byte_cap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for source in (path, bytes(101), io.BytesIO(bytes(101)), "data:a;base64," + "A" * 200):
         with pytest.raises(PictureError, match="larger than"):
             load_picture(source)
+
+
+@pytest.mark.parametrize("size", [(2000, 1500), (1100, 4001), (523, 521), (300, 200)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_large_jpegs_are_decoded_smaller_and_look_the_same(
+    size: tuple[int, int], mode: str
+) -> None:
+    x, y = np.meshgrid(np.linspace(0, 9, size[0]), np.linspace(0, 7, size[1]))
+    waves = np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1)
+    whole = Image.fromarray((127 + 100 * waves).astype(np.uint8))
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    whole.convert(mode).save(file, "JPEG", quality=95, exif=exif)
+    full = load_picture(file.getvalue())
+    small = images.load_for(file.getvalue(), SPEC)
+    assert min(small.size) >= min(2 * SPEC.size, *full.size)
+    assert small.width / small.height == pytest.approx(size[1] / size[0], rel=0.01)  # turned
+    assert (small.size == full.size) == (min(size) < 4 * SPEC.size)
+    difference = np.abs(resize(full, SPEC).astype(int) - resize(small, SPEC))
+    assert difference.max() <= 6 and difference.mean() < 1

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinyalign.bank import Hit, MemoryBank, search_banks
-from tinyalign.runtime.images import Picture, load_picture, preprocess
+from tinyalign.runtime.images import Picture, load_for, preprocess
 from tinyalign.runtime.keys import make_key, mean_embedding
 from tinyalign.runtime.manifest import ImageSpec, MemoryMode, PromptSpec
 from tinyalign.runtime.memory_text import MemoryText, add_copy_bonus, read_memory
@@ -77,7 +77,7 @@ def answer_cells(
 def look(parts: Parts, picture: Picture) -> Tensor:
     """The picture's features [1, C, Dv]."""
     spec = ImageSpec()
-    pixels = preprocess(load_picture(picture, spec.background), spec)  # [3, S, S]
+    pixels = preprocess(load_for(picture, spec), spec)  # [3, S, S]
     cells: Tensor = parts.vision(torch.from_numpy(pixels)[None])
     return cells
 
