@@ -33,7 +33,8 @@ RESULTS = Path(__file__).parent / "results" / "ablation"
 START = Path(__file__).parents[1] / "build" / "ablation"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "ablation.md"
 STEPS = 600
-MIX = Mix()
+BATCH = 8
+MIX = Mix(taught=0.45, neighbours=0.35, text=0.7)  # the default recipe teaches more: see READING
 
 
 def mixed(recipe: Recipe, **shares: float) -> Recipe:
@@ -102,6 +103,8 @@ What it says:
   no memory at all nothing changes.
 - *Shuffled* memories: without them facts of new kinds are read less well (.73 instead of .86).
 - Without questions that nobody told the answer to, the model never says "I do not know." (and invents).
+- So the default recipe has more taught episodes (.6) and fewer with neighbours (.2) than these variants (.45 and .35), half
+  of all with the memories as text (.7 here), 16 episodes a step and 800 steps.
 - One word for all similarities is as good: when the margin drops weak memories before the prompt, the words for how
   similar the rest are carry little.
 """
@@ -124,10 +127,9 @@ def start(recipe: Recipe, directory: Path) -> stages.Run:
 def run_variant(name: str, seed: int) -> dict[str, Any]:
     """Fine-tune a variant and measure it."""
     run = start(Recipe(), START)
-    recipe = VARIANTS[name](Recipe(seed=Recipe().seed + seed))
-    run.recipe = dataclasses.replace(
-        recipe, finetune=dataclasses.replace(recipe.finetune, steps=STEPS)
-    )
+    stage = dataclasses.replace(Recipe().finetune, steps=STEPS, batch=BATCH)
+    full = dataclasses.replace(Recipe(), seed=Recipe().seed + seed, mix=MIX, finetune=stage)
+    run.recipe = VARIANTS[name](full)
     if name == "no similarity":
         prompt = run.parts.prompt
         run.parts.prompt = dataclasses.replace(

@@ -76,13 +76,13 @@ class Mix:
     """Shares of the kinds of episode in fine-tuning (the rest has no memory at all)."""
 
     taught: float = (
-        0.45  # another view of the picture is in the bank, mostly under an invented name
+        0.6  # another view of the picture is in the bank, mostly under an invented name
     )
     invented: float = 0.65  # of what was taught: the name is invented
-    neighbours: float = 0.35  # only other pictures
+    neighbours: float = 0.20  # only other pictures
     misleading: float = 0.10  # memories of unrelated pictures
     shuffled: float = 0.25  # of all: memories not in the order of their scores
-    text: float = 0.7  # of all: memories as their whole text
+    text: float = 0.5  # of all: memories as their whole text
     both: float = 0.1  # of all: latents and text; the rest latents only
     crowded: float = 0.3  # of what was taught: others are shown however far behind they are
     missing: float = 0.5  # of what was taught: a fact that nobody told is asked for as well
@@ -110,8 +110,8 @@ class Recipe:
     slots: Stage = Stage(2000, 128, {"connector": 1.5e-3, "memory_picture": 1.5e-3})
     align: Stage = Stage(50, 8, {"connector": 1e-4, "rag_connector": 2e-4, "copy": 2e-2})
     finetune: Stage = Stage(
-        2400,
-        8,
+        800,
+        16,
         {"lora": 8e-4, "connector": 5e-5, "rag_connector": 1e-4, "copy": 1e-2},
         warmup=20,
     )
