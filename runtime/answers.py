@@ -56,9 +56,8 @@ class Answer:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     finish_reason: Literal["stop", "length"]  # the model ended, or max_tokens did
-    runs: int = (
-        0  # of the language model after the prompt; fewer than tokens where drafts were right
-    )
+    runs: int = 0  # of the language model after the prompt
+    reused: int = 0  # prompt tokens not read anew: the last prompt began with them
 
 
 class AnswerStream(Iterator[str]):

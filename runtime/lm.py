@@ -29,9 +29,20 @@ class LmState:
 
     capacity: int
     buffers: dict[str, ort.OrtValue]  # "0.key", "0.value", "1.key", ...
+    read: Floats  # [capacity, D], the embeddings of what was read
     length: int = 0
     # Bindings to use again, by number of tokens and of rows of logits.
     runs: dict[tuple[int, int], _Run] = field(default_factory=dict, repr=False)
+
+    def keep_common(self, rows: Floats) -> int:
+        """Forget all that is not the beginning of ``rows`` [N, D]; returns how many are kept.
+
+        Two rows at least are left to be read, as every run reads two or more (`decode.py`).
+        """
+        count = max(0, min(self.length, len(rows) - 2))
+        same = (self.read[:count] == rows[:count]).all(axis=1)
+        self.length = max(0, count if same.all() else int(same.argmin()))
+        return self.length
 
 
 @dataclass
@@ -63,7 +74,8 @@ class LanguageModel:
         capacity = min(spec.context, -(-tokens // CAPACITY_STEP) * CAPACITY_STEP)
         shape = (1, spec.kv_heads, capacity, spec.head_dim)
         names = _buffer_names(spec)
-        return LmState(capacity, {name: _value(np.zeros(shape, np.float32)) for name in names})
+        buffers = {name: _value(np.zeros(shape, np.float32)) for name in names}
+        return LmState(capacity, buffers, np.zeros((capacity, spec.width), np.float32))
 
     def forward(self, state: LmState, embeddings: Floats, rows: tuple[int, ...] = (-1,)) -> Floats:
         """Read ``embeddings`` [N, D] after what ``state`` holds; logits [R, V] of the given rows.
@@ -79,6 +91,7 @@ class LanguageModel:
         if count <= KEPT:
             state.runs[count, len(rows)] = run
         run.embeddings[0] = embeddings
+        state.read[state.length : state.length + count] = embeddings
         run.rows[:] = [row % count for row in rows]
         run.last[0] = state.length + count - 1
         run.total[...] = state.length + count

@@ -37,6 +37,7 @@ from tinyalign.runtime.decode import continue_answer
 from tinyalign.runtime.errors import InputError, QuestionError
 from tinyalign.runtime.images import Picture, load_for, normalise, resize, thumbnail
 from tinyalign.runtime.keys import make_key, mean_embedding, retold_key
+from tinyalign.runtime.lm import LmState
 from tinyalign.runtime.loading import (
     DEFAULT_BANK,
     Parts,
@@ -64,6 +65,7 @@ from tinyalign.runtime.threads import default_threads
 Floats = NDArray[np.float32]
 MAX_TOKENS = 128
 ANSWER_RESERVE = 16  # tokens of the context kept free for the answer
+LEAST_CAPACITY = 256  # tokens of a key/value cache: 12 MB, used again for the next question
 KEPT_PICTURES = 16  # encoded ones, of 70 kB each: a second question need not look again
 ENCODE_BATCH = 4  # pictures; more are no faster, and slower beside other work (benchmarks/add.py)
 
@@ -78,6 +80,7 @@ class TinyAlign:
         self._opening = threading.Lock()
         self._seen: OrderedDict[str, EncodedPicture] = OrderedDict()  # the last ones, by pixel hash
         self._seeing = threading.Lock()
+        self._spare: LmState | None = None  # the last answer's cache: the next may begin alike
         self._model_id = hashlib.sha256(parts.manifest.to_json().encode()).hexdigest()
         self.load_ms = load_ms
 
@@ -410,9 +413,11 @@ class TinyAlign:
         segments = self._check_room(question, hits, tokens, max_tokens)
         rows = embed(segments, parts.embeddings, picture.image_tokens, tokens)  # [N, D]
         limit = min(max_tokens, context - len(rows) - 1)  # decoding reads one token ahead
-        state = parts.lm.new_state(len(rows) + limit + 1)
+        state = self._take_state(len(rows) + limit + 1)
+        reused = state.keep_common(rows)
         random = sampling.generator()
-        token = pick(parts.lm.forward(state, rows)[0], sampling, random)  # nothing to copy yet
+        logits = parts.lm.forward(state, rows[reused:])[0]
+        token = pick(logits, sampling, random)  # nothing to copy yet
         prefilled = time.perf_counter()
 
         def choose(logits: Floats, answer: Sequence[int]) -> int:
@@ -441,6 +446,7 @@ class TinyAlign:
             new = next(runs, None)
             decode_ms += _ms(step)
             steps += bool(new)
+        self._spare = state
         rest = parts.tokenizer.decode(ids, skip_special_tokens=True)[len(text) :]
         if rest:  # bytes of a character that never became whole
             yield rest
@@ -453,8 +459,9 @@ class TinyAlign:
         )
         finish: Literal["stop", "length"] = "stop" if token in parts.stop_ids else "length"
         return Answer(
-            text + rest, tuple(hits), timings, len(ids), tuple(ids), len(rows), finish, steps
-        )
+            text + rest, tuple(hits), timings, len(ids), tuple(ids), len(rows), finish, steps,
+            reused,
+        )  # fmt: skip
 
     @cached_property
     def _phrases(self) -> list[tuple[int, ...]]:
@@ -476,6 +483,17 @@ class TinyAlign:
             name = name[1:]
         guesses += [(*start, *name, *stop, end) for start in (article, other)]
         return guesses + self._phrases
+
+    def _take_state(self, tokens: int) -> LmState:
+        """The last answer's key/value cache, if it is large enough, or a new one.
+
+        Who takes it has it alone; it is given back at the end of the answer.
+        """
+        with self._seeing:
+            state, self._spare = self._spare, None
+        if state is None or state.capacity < tokens:
+            state = self._parts.lm.new_state(max(tokens, LEAST_CAPACITY))
+        return state
 
     def _check_room(
         self, question: str, hits: Sequence[Hit], tokens: Sequence[Floats], max_tokens: int

@@ -40,7 +40,7 @@ class Reciting:
 def recite(
     says: list[int], sentences: Sequence[Sequence[int]], limit: int = 99
 ) -> tuple[list[int], Reciting, LmState]:
-    lm, state = Reciting(says), LmState(999, {})
+    lm, state = Reciting(says), LmState(999, {}, np.zeros((999, 1), np.float32))
     batches = continue_answer(
         lm, state, TABLE, says[0], lambda row, _: int(row.argmax()), frozenset({STOP}), limit,
         sentences,
@@ -91,3 +91,33 @@ def test_tiny_answers_do_not_depend_on_drafts(tiny: Path) -> None:
             slow = model.ask(picture(seed), "what is it?", drafts=False, **options)
             assert fast.token_ids == slow.token_ids and fast.text == slow.text
             assert max(fast.runs, slow.runs) <= slow.tokens
+
+
+def test_what_was_read_before_is_not_read_again(tiny: Path) -> None:
+    """And never changes an answer, whatever was asked in between."""
+    questions = ["what is it?", "what is it for?", "who?", "what is it?"]
+    with TinyAlign.load(tiny, threads=2) as model:
+        told = [
+            model.ask(picture(seed % 2), questions[seed % 4], memory=seed % 3 > 0, max_tokens=20)
+            for seed in range(12)
+        ]
+        again = model.ask(picture(1), questions[3], max_tokens=20)
+        twice = model.ask(picture(1), questions[3], max_tokens=20)
+    assert told[0].reused == 0 and sum(answer.reused > 0 for answer in told) > 8
+    assert twice.reused == twice.prompt_tokens - 2 and twice.token_ids == again.token_ids
+    for seed, answer in enumerate(told):
+        with TinyAlign.load(tiny, threads=2) as fresh:
+            alone = fresh.ask(
+                picture(seed % 2), questions[seed % 4], memory=seed % 3 > 0, max_tokens=20
+            )
+        assert alone.token_ids == answer.token_ids and alone.reused == 0
+
+
+def test_a_stream_that_was_left_does_no_harm(tiny: Path) -> None:
+    with TinyAlign.load(tiny, threads=2) as model:
+        whole = model.ask(picture(0), "what is it?", max_tokens=20)
+        stream = model.stream(picture(1), "who?", max_tokens=20)
+        next(stream)
+        assert model.ask(picture(0), "what is it?", max_tokens=20).token_ids == whole.token_ids
+        stream.close()
+        assert model.ask(picture(0), "what is it?", max_tokens=20).token_ids == whole.token_ids

@@ -141,6 +141,29 @@ def test_drafts_change_no_answer_and_save_runs(model: TinyAlign) -> None:
     assert runs < 0.8 * tokens
 
 
+def test_what_was_read_before_changes_no_answer(model: TinyAlign) -> None:
+    """A second question about a picture reads the rest of the prompt only; answers are those of
+    reading everything."""
+    questions = ("What is this?", "What colour is it?", "Tell me about this.")
+    for name in ALL:
+        picture = model.encode(PICTURES / name)
+        for number, question in enumerate(questions):
+            told = model.ask(picture, question, max_tokens=24)
+            model._spare = None
+            alone = model.ask(picture, question, max_tokens=24)
+            assert told.token_ids == alone.token_ids and alone.reused == 0
+            assert told.reused >= (20 if number else 1)
+
+
+def test_many_questions_are_answered_as_one_by_one(model: TinyAlign) -> None:
+    items = [(PICTURES / name, question) for name, question, _ in ASKED]
+    many = model.ask_many(items, max_tokens=24)
+    for (picture, question), answer in zip(items, many, strict=True):
+        alone = model.ask(picture, question, max_tokens=24)
+        assert alone.token_ids == answer.token_ids
+        assert [hit.id for hit in alone.memories] == [hit.id for hit in answer.memories]
+
+
 def test_what_is_read_at_once_does_not_matter(model: TinyAlign) -> None:
     """From two rows on, to the last bit: drafts and caches rest on it."""
     lm, table = model.parts.lm, model.parts.embeddings

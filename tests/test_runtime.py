@@ -142,7 +142,7 @@ def test_an_encoded_picture_is_used_again(
     assert seen.pixel_hash != model.encode(picture(1)).pixel_hash
     fresh = model.ask(picture(0), QUESTION)
     monkeypatch.setattr(
-        "tinyalign.runtime.model.load_picture", lambda *_: pytest.fail("read again")
+        "tinyalign.runtime.model.load_for", lambda *_: pytest.fail("read again")
     )
     assert model.ask(seen, QUESTION).text == fresh.text
     with pytest.raises(ValueError, match="read-only"):
