@@ -158,10 +158,10 @@ def test_what_was_read_before_changes_no_answer(model: TinyAlign) -> None:
 def test_many_questions_are_answered_as_one_by_one(model: TinyAlign) -> None:
     items = [(PICTURES / name, question) for name, question, _ in ASKED]
     many = model.ask_many(items, max_tokens=24)
-    for (picture, question), answer in zip(items, many, strict=True):
+    for (picture, question), told in zip(items, many, strict=True):
         alone = model.ask(picture, question, max_tokens=24)
-        assert alone.token_ids == answer.token_ids
-        assert [hit.id for hit in alone.memories] == [hit.id for hit in answer.memories]
+        assert alone.token_ids == told.token_ids
+        assert [hit.id for hit in alone.memories] == [hit.id for hit in told.memories]
 
 
 def test_what_is_read_at_once_does_not_matter(model: TinyAlign) -> None:
