@@ -1,8 +1,9 @@
 """One cell of the claims table: a connector trained through the frozen LM, and measured.
 
-    python benchmarks/claims_cell.py ARM SEED FRACTION OUT.json
+    python benchmarks/claims_cell.py ARM SEED FRACTION OUT.json [curve]
 
-What stands in a cell, and what the arms are, is told in `claims.py`, which runs this.
+What stands in a cell, and what the arms are, is told in `claims.py`, which runs this. With "curve"
+only the questions of the curve are asked.
 
 The bank is the default model's: captions of 3,462 training pictures. The connector learns from
 *other* pictures (emoji of other makers, turned furniture, shapes, scenes), so what is asked about
@@ -340,7 +341,12 @@ def train(
 
 def some(tests: Sequence[Asked]) -> list[Asked]:
     """The test questions that the curve is made from: every so-many-th."""
-    return list(tests[:: max(1, len(tests) // CURVE)])
+    return list(tests[:: every(len(tests))])
+
+
+def every(count: int) -> int:
+    """How far apart the curve's questions are."""
+    return max(1, count // CURVE)
 
 
 @torch.inference_mode()
@@ -441,7 +447,8 @@ def main() -> None:
             if p.requires_grad
         )
         result["trained"] += cell.prompt.numel()
-        result |= packed(measure(cell, tests))
+        if sys.argv[5:] != ["curve"]:
+            result |= packed(measure(cell, tests))
     else:
         raise InputError(f"no such arm: {arm}")
     result["seconds"] = round(time.monotonic() - started)
