@@ -42,7 +42,8 @@ rests its answers on a memory bank that anyone can add to without training (Tiny
 | connector, compressor, RAG connector, key head | trained here | {trained} M | the project's |
 
 Trained on openly licensed pictures and on class prototypes of the encoder: [data-card.md](data-card.md). Recipe:
-`training/recipe.py`; `make train` runs all of it (about an hour and a half on two cores).
+`training/recipe.py`; `make train` runs all of it (about two hours on two cores; these weights were trained on a GPU in
+seven minutes).
 
 ## How it is asked
 
