@@ -22,7 +22,7 @@ from teach_lessons import is_right_answer, lessons_of
 
 from tinyalign.runtime.manifest import MemoryMode
 from tinyalign.runtime.memory_text import read_memory
-from tinyalign.training.answer import choice, stop_ids
+from tinyalign.training.answer import choice, stop_ids, unknown_id
 from tinyalign.training.batch import Episode, RetrievedMemory, Turn, embed_batch, make_batch
 from tinyalign.training.episodes import Found, misleading, neighbours, show
 from tinyalign.training.lm import token_table
@@ -182,6 +182,9 @@ def batch_answers(run: Run, episodes: Sequence[Episode]) -> list[str]:
             hidden = output.last_hidden_state
             last = hidden[torch.arange(count), asked - 1] if step == 0 else hidden[:, 0]  # [B, D]
             logits = lm.lm_head(last).float().cpu()  # [B, V]
+        if step == 0:
+            told = torch.tensor([bool(episode.memories) for episode in episodes])
+            logits[told, unknown_id(parts)] -= prompt.unknown_margin
         cache = output.past_key_values
         chosen = [choice(logits[b], ids[b], sentences[b], prompt) for b in range(count)]
         open_ = {b for b in open_ if chosen[b] not in stop}

@@ -417,6 +417,8 @@ class TinyAlign:
         reused = state.keep_common(rows)
         random = sampling.generator()
         logits = parts.lm.forward(state, rows[reused:])[0]
+        if hits:
+            logits[self._unknown] -= parts.manifest.prompt.unknown_margin
         token = pick(logits, sampling, random)  # nothing to copy yet
         prefilled = time.perf_counter()
 
@@ -468,6 +470,11 @@ class TinyAlign:
         """What answers often say, in tokens."""
         tokenizer, prompt = self._parts.tokenizer, self._parts.manifest.prompt
         return [encode_template(tokenizer, phrase) for phrase in prompt.phrases]
+
+    @cached_property
+    def _unknown(self) -> int:
+        """The first token of "I do not know."."""
+        return encode_text(self._parts.tokenizer, self._parts.manifest.prompt.unknown)[0]
 
     def _guesses(
         self, picture: EncodedPicture, sentences: Sequence[tuple[int, ...]]

@@ -62,7 +62,9 @@ def tiny_parts() -> Parts:
     sizes = ((DV,), (DV, 12), (D,), (D, 4))
     arrays = [rng.normal(size=size).astype(np.float32) for size in sizes]
     floors = (("same", 0.9), ("close", -1.0))
-    prompt = dataclasses.replace(PROMPT, similarity=floors, copy_bonus=(0.5, 1.0, 4.0))
+    prompt = dataclasses.replace(
+        PROMPT, similarity=floors, copy_bonus=(0.5, 1.0, 4.0), unknown_margin=2.0
+    )
     for module in (vision, connector, compressor, rag_connector, lm):
         module.eval().requires_grad_(False)
     return Parts(

@@ -141,9 +141,7 @@ def test_an_encoded_picture_is_used_again(
     assert (seen.pooled == seen.cells[0]).all()
     assert seen.pixel_hash != model.encode(picture(1)).pixel_hash
     fresh = model.ask(picture(0), QUESTION)
-    monkeypatch.setattr(
-        "tinyalign.runtime.model.load_for", lambda *_: pytest.fail("read again")
-    )
+    monkeypatch.setattr("tinyalign.runtime.model.load_for", lambda *_: pytest.fail("read again"))
     assert model.ask(seen, QUESTION).text == fresh.text
     with pytest.raises(ValueError, match="read-only"):
         seen.cells[0] = 1

@@ -368,3 +368,20 @@ def test_saved_parts_load_again(
     assert again.prompt == parts.prompt
     assert again.keys is not None and parts.keys is not None
     assert np.array_equal(again.keys.image_projection, parts.keys.image_projection)
+
+
+@pytest.mark.parametrize(
+    ("surplus", "margin"),
+    [(torch.linspace(-3, 4, 701), 0.0), (torch.linspace(1, 5, 401), 1.0), (-torch.ones(9), 0.0)],
+)
+def test_the_margin_of_not_knowing_costs_one_answer_in_twenty(
+    monkeypatch: pytest.MonkeyPatch, surplus: torch.Tensor, margin: float
+) -> None:
+    from tinyalign.training import unknown
+
+    monkeypatch.setattr(unknown, "missing_questions", lambda run: [])
+    monkeypatch.setattr(unknown, "margins", lambda run, episodes: surplus)
+    found = unknown.calibrated_margin(None)  # type: ignore[arg-type]
+    assert found == margin
+    answered = surplus[surplus > 0]
+    assert (answered >= found).sum() >= 0.95 * len(answered)

@@ -27,6 +27,7 @@ from tinyalign.runtime.prompt import (
     build_prompt,
     embed,
     encode_question,
+    encode_text,
     relevant,
     similarity_word,
 )
@@ -150,6 +151,8 @@ def continue_greedily(parts: Parts, rows: Tensor, hits: Sequence[Hit], limit: in
     sentences = [sentence for text in memory_texts(parts, hits) for sentence in text.to_copy()]
     ids: list[int] = []
     output = lm(inputs_embeds=rows, use_cache=True, logits_to_keep=1)
+    if hits:
+        output.logits[0, -1, unknown_id(parts)] -= parts.prompt.unknown_margin
     while (token := choice(output.logits[0, -1], ids, sentences, parts.prompt)) not in stop:
         ids.append(token)
         if len(ids) == limit:
@@ -166,6 +169,11 @@ def choice(
     scores = logits.numpy().copy()
     add_copy_bonus(scores, answer, sentences, prompt.copy_bonus)
     return int(scores.argmax())
+
+
+def unknown_id(parts: Parts) -> int:
+    """The first token of "I do not know."."""
+    return encode_text(parts.tokenizer, parts.prompt.unknown)[0]
 
 
 def stop_ids(parts: Parts) -> frozenset[int]:

@@ -25,6 +25,7 @@ from tinyalign.training.pictures import imagenet_classes
 from tinyalign.training.plots import plot_losses
 from tinyalign.training.recipe import Recipe, Stage
 from tinyalign.training.sources import cache_dir
+from tinyalign.training.unknown import calibrated_margin
 from tinyalign.training.world import World, calibrated_similarity, fit_keys, make_world
 
 
@@ -132,6 +133,9 @@ def train(recipe: Recipe, directory: Path, until: str, data: Sequence[Data] = ()
         stages.train_finetune(run)
     if not accelerator.is_main_process:
         return
+    if until >= "2":
+        margin = calibrated_margin(run)
+        parts.prompt = dataclasses.replace(parts.prompt, unknown_margin=margin)
     parts.to(torch.device("cpu"))
     parts.finish()
     weights = directory / "weights"

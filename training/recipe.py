@@ -75,9 +75,7 @@ class Stage:
 class Mix:
     """Shares of the kinds of episode in fine-tuning (the rest has no memory at all)."""
 
-    taught: float = (
-        0.6  # another view of the picture is in the bank, mostly under an invented name
-    )
+    taught: float = 0.6  # another view of the picture is in the bank, mostly under an invented name
     invented: float = 0.65  # of what was taught: the name is invented
     neighbours: float = 0.20  # only other pictures
     misleading: float = 0.10  # memories of unrelated pictures
