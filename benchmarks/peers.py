@@ -9,7 +9,7 @@ of 512 tokens (English of Python's own library) against float32 in torch, and ho
 greedily decoded tokens are those of float32 before the first difference.
 
     prefill      reading 256 tokens
-    decode       64 tokens after 128, one by one
+    decode       64 tokens after 128, one by one (answers of this runtime read two rows a run)
     start        process start to the first token after a prompt of 61 tokens. Of this runtime:
                  the whole program, with a picture and the memory bank
     memory       peak resident memory after all of this. Of this runtime: the whole model
@@ -162,6 +162,17 @@ def process_start(name: str, model: Path, gguf: Path, ids: Sequence[int]) -> flo
     return seconds
 
 
+def whole_model_rss(model: Path) -> float:
+    """Peak MiB of a process that answers a question about a picture."""
+    code = (
+        "import resource, sys; from tinyalign.runtime import TinyAlign;"
+        "TinyAlign.load(sys.argv[1]).ask(sys.argv[2], 'What is this?');"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    command = [sys.executable, "-c", code, str(model), str(PICTURE)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def measure(names: Sequence[str], model: Path, rounds: int) -> dict[str, Any]:
     """All numbers of all peers."""
     gguf = lm_gguf()
@@ -198,6 +209,8 @@ def measure(names: Sequence[str], model: Path, rounds: int) -> dict[str, Any]:
     for name, worker in workers.items():
         found[name]["rss_mib"] = worker.ask("rss")["mib"]
         worker.close()
+    found["tinyalign"]["lm_rss_mib"] = found["tinyalign"]["rss_mib"]
+    found["tinyalign"]["rss_mib"] = whole_model_rss(model)
     for turn in range(min(rounds, 5)):
         note(f"starting, round {turn + 1}")
         for name in names:

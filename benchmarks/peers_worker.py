@@ -44,15 +44,23 @@ class Model(Protocol):
 
 
 class TinyAlignLm:
-    """This runtime, with the whole vision-language model and its bank in memory."""
+    """This runtime's language model, exported from the same weights once (int8, no adapter)."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, gguf: Path, work: Path) -> None:
         import onnxruntime
 
-        from tinyalign.runtime import TinyAlign
+        from tinyalign.runtime.lm import LanguageModel
+        from tinyalign.runtime.loading import open_session
+        from tinyalign.runtime.manifest import read_manifest
 
-        self.model = TinyAlign.load(directory)
-        self._lm, self._table = self.model.parts.lm, self.model.parts.embeddings
+        place = work / "lm"
+        if not (place / "done").exists():
+            _export_lm(gguf, place)
+        spec = read_manifest(directory).lm
+        table = np.memmap(place / "embeddings.bin", "<f2", "r", shape=(spec.vocab, spec.width))
+        self._table = table
+        session = open_session(place / "lm.onnx", default_threads(), spin=True)
+        self._lm = LanguageModel(session, spec)
         self.version = f"onnxruntime {onnxruntime.__version__}"
 
     def read(self, ids: Sequence[int]) -> Logits:
@@ -190,6 +198,17 @@ class Optimum:
         return logits
 
 
+def _export_lm(gguf: Path, place: Path) -> None:
+    from tinyalign.export.lm import export_lm, write_embeddings
+    from tinyalign.training.lm import load_lm
+
+    place.mkdir(parents=True, exist_ok=True)
+    model = load_lm(gguf)
+    write_embeddings(model, place / "embeddings.bin")
+    export_lm(model, place / "lm.onnx", "int8")
+    (place / "done").touch()
+
+
 def _export_optimum(gguf: Path, place: Path) -> None:
     import shutil
     import tempfile
@@ -233,7 +252,7 @@ def quantized(gguf: Path, work: Path, kind: str) -> Path:
 def open_peer(name: str, directory: Path, gguf: Path, work: Path) -> Model:
     """The peer of that name."""
     if name == "tinyalign":
-        return TinyAlignLm(directory)
+        return TinyAlignLm(directory, gguf, work)
     family, _, kind = name.partition(" ")
     if family == "llama.cpp":
         return LlamaCpp(gguf if kind == "Q4_1" else quantized(gguf, work, kind))
