@@ -183,7 +183,7 @@ def batch_answers(run: Run, episodes: Sequence[Episode]) -> list[str]:
             last = hidden[torch.arange(count), asked - 1] if step == 0 else hidden[:, 0]  # [B, D]
             logits = lm.lm_head(last).float().cpu()  # [B, V]
         if step == 0:
-            told = torch.tensor([bool(episode.memories) for episode in episodes])
+            told = torch.tensor([bool(e.memories) and e.mode != "latent" for e in episodes])
             logits[told, unknown_id(parts)] -= prompt.unknown_margin
         cache = output.past_key_values
         chosen = [choice(logits[b], ids[b], sentences[b], prompt) for b in range(count)]

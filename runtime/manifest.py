@@ -120,8 +120,8 @@ class PromptSpec:
     # 1, 2, .. tokens of it.
     copy_bonus: tuple[float, ...] = (0.0, 0.0, 0.0)
     unknown: str = "I do not know."  # answers what no memory tells
-    # Taken off the logit of that answer's first token where there are memories: without it, a fact
-    # is missed more often than one is invented.
+    # Taken off the logit of that answer's first token where memories are read as text: without it,
+    # a fact is missed more often than one is invented.
     unknown_margin: float = 0.0
     # What answers often say: guesses for decoding, which never change an answer (`decode.py`).
     phrases: tuple[str, ...] = ()

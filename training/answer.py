@@ -70,7 +70,7 @@ def answer_cells(
     """The same for a picture's features [1, C, Dv]."""
     hits = recall(parts, banks, cells, question)
     rows = prompt_rows(parts, cells, question, hits, mode)
-    ids = continue_greedily(parts, rows, hits, limit)
+    ids = continue_greedily(parts, rows, hits, limit, mode)
     return TorchAnswer(parts.tokenizer.decode(ids), tuple(ids), tuple(hits), rows)
 
 
@@ -145,13 +145,19 @@ def padded_latents(parts: Parts, hits: Sequence[Hit]) -> Tensor:
 
 
 @torch.inference_mode()
-def continue_greedily(parts: Parts, rows: Tensor, hits: Sequence[Hit], limit: int) -> list[int]:
+def continue_greedily(
+    parts: Parts,
+    rows: Tensor,
+    hits: Sequence[Hit],
+    limit: int,
+    mode: MemoryMode | None = None,
+) -> list[int]:
     """Likeliest tokens after rows [1, N, D], up to a stop token (left out) or `limit` tokens."""
     lm, table, stop = parts.lm, token_table(parts.lm), stop_ids(parts)
     sentences = [sentence for text in memory_texts(parts, hits) for sentence in text.to_copy()]
     ids: list[int] = []
     output = lm(inputs_embeds=rows, use_cache=True, logits_to_keep=1)
-    if hits:
+    if hits and (mode or parts.prompt.memory_mode) != "latent":
         output.logits[0, -1, unknown_id(parts)] -= parts.prompt.unknown_margin
     while (token := choice(output.logits[0, -1], ids, sentences, parts.prompt)) not in stop:
         ids.append(token)

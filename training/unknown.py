@@ -2,8 +2,9 @@
 
 Fine-tuning asks for missing facts so often that the model learns to say so a little too soon, most
 of all of kinds of facts that it never saw. So after training the first token of that answer gets a
-handicap (`PromptSpec.unknown_margin`), wherever there are memories. It is set on *training* things:
-as high as it can be while KEPT of the questions that are rightly answered so without it still are.
+handicap (`PromptSpec.unknown_margin`) where memories are read as text. It is set on *training*
+things: as high as it can be while KEPT of the questions that are rightly answered so without it
+still are.
 """
 
 from __future__ import annotations
