@@ -51,8 +51,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--queries", metavar="N", type=int, default=1000)
     p.add_argument("--engines", nargs="+", choices=bank_engines.ENGINES, metavar="NAME")
     p.add_argument("--again", action="store_true", help="measure what is in the results too")
-    p.add_argument("--weights", metavar="DIR", type=Path, default=DEFAULT_WEIGHTS,
-                   help="whose key recipe and bank (default: the default model's)")  # fmt: skip
     p.add_argument("--work", metavar="DIR", type=Path, default=ROOT / "build" / "bank-benchmark")
     p.add_argument("--json", metavar="FILE", type=Path, default=RESULTS)
     p.add_argument("--plot", metavar="FILE", type=Path, default=PLOT)
@@ -86,7 +84,7 @@ def main() -> None:
 def measure(size: int, engines: list[str], options: argparse.Namespace, done: Any) -> None:
     """Measure engines at one size and put the medians into ``done``."""
     note(f"{size:,}: keys")
-    place = bank_keys.cached(options.work, size, options.queries, SEED, options.weights)
+    place = bank_keys.cached(options.work, size, options.queries, SEED)
     keys, queries = np.load(place / "keys.npy", mmap_mode="r"), np.load(place / "queries.npy")
     exact = np.load(place / "scores.npy")
     done["real_keys"] = int(np.load(place / "real.npy"))

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tinyalign.bank import Bank
 from tinyalign.runtime.keys import load_key_arrays, make_keys
 from tinyalign.training.features import load_features
+from tinyalign.training.parts import DEFAULT_WEIGHTS
 
 ROWS_AT_ONCE = 16_384
 Floats = NDArray[np.float32]
@@ -31,11 +32,11 @@ Floats = NDArray[np.float32]
 class Keys:
     """Draws keys and queries; the same seed gives the same ones, and a larger bank starts alike."""
 
-    def __init__(self, seed: int, weights: Path) -> None:
+    def __init__(self, seed: int) -> None:
         cells, records = load_features()
         self._pooled = cells[:, 0].astype(np.float32)  # [n, Dv]
-        self._arrays = load_key_arrays(weights / "key.npz")
-        with Bank.open(weights / "bank.sqlite", read_only=True) as bank:
+        self._arrays = load_key_arrays(DEFAULT_WEIGHTS / "key.npz")
+        with Bank.open(DEFAULT_WEIGHTS / "bank.sqlite", read_only=True) as bank:
             keys = np.stack([memory.key for memory in bank.list()])
         width = self._arrays.image_projection.shape[1]
         self._texts = keys[np.linalg.norm(keys[:, width:], axis=1) > 0.01][:, width:]
@@ -99,13 +100,13 @@ def nearest(keys: NDArray[np.float16], queries: Floats, k: int) -> tuple[NDArray
     return rows, scores
 
 
-def cached(folder: Path, count: int, queries: int, seed: int, weights: Path) -> Path:
+def cached(folder: Path, count: int, queries: int, seed: int) -> Path:
     """A folder with keys.npy, queries.npy and the exact answers' scores, made if need be."""
-    recipe = hashlib.sha256((weights / "key.npz").read_bytes()).hexdigest()[:8]
+    recipe = hashlib.sha256((DEFAULT_WEIGHTS / "key.npz").read_bytes()).hexdigest()[:8]
     place = folder / f"{count}-{queries}-{seed}-{recipe}"
     if not (place / "scores.npy").exists():
         place.mkdir(parents=True, exist_ok=True)
-        source = Keys(seed, weights)
+        source = Keys(seed)
         keys, asked = source.keys(count), source.queries(count, queries)
         np.save(place / "keys.npy", keys)
         np.save(place / "queries.npy", asked)

@@ -23,13 +23,13 @@ from teach_lessons import is_right_answer, lessons_of
 from tinyalign.runtime.manifest import MemoryMode
 from tinyalign.runtime.memory_text import read_memory
 from tinyalign.training.answer import choice, stop_ids, unknown_id
-from tinyalign.training.batch import Episode, RetrievedMemory, Turn, embed_batch, make_batch
+from tinyalign.training.batch import Episode, RetrievedMemory, Turn
 from tinyalign.training.episodes import Found, misleading, neighbours, show
 from tinyalign.training.lm import token_table
 from tinyalign.training.questions import Item, sentence
-from tinyalign.training.stages import Run, base_of, lm_arithmetic
+from tinyalign.training.stages import Run, base_of, embed_episodes, lm_arithmetic
 from tinyalign.training.styles import EMOJI_STYLES
-from tinyalign.training.world import World, cells_of
+from tinyalign.training.world import World
 
 SEED = 5
 BATCH = 64
@@ -149,13 +149,7 @@ def batch_answers(run: Run, episodes: Sequence[Episode]) -> list[str]:
     parts, device, shape = run.parts, run.device, run.parts.compressor.shape
     bonus = tuple(parts.rag_connector.copy_bonus.tolist())
     prompt = dataclasses.replace(parts.prompt, copy_bonus=bonus)
-    batch = make_batch(episodes, prompt, parts.tokenizer, shape).to(device)
-    # [B, N, D]; what stands behind a prompt is not looked at
-    rows = embed_batch(
-        batch, cells_of(run.world, batch.image_rows.tolist()).to(device),
-        cells_of(run.world, batch.memory_rows.tolist()).to(device), parts.embeddings,
-        parts.connector, parts.compressor, parts.rag_connector,
-    )  # fmt: skip
+    batch, rows = embed_episodes(run, episodes)  # what stands behind a prompt is not looked at
     asked = (batch.labels >= 0).int().argmax(1) + 1  # [B], tokens of every prompt
     count, width = batch.ids.shape
     seen = torch.arange(width, device=device) < asked[:, None]  # [B, N]

@@ -19,6 +19,7 @@ from typing import Any
 
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.images import load_for
+from tinyalign.runtime.items import json_lines
 from tinyalign.runtime.model import TinyAlign
 
 AT_ONCE = 16  # pictures that are encoded together
@@ -42,15 +43,7 @@ def read_questions(path: Path) -> list[Asked]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(f"cannot read {path}: {reason}") from None
     asked = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            data = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", "too deep")
-            raise InputError(f"{place}: this is not JSON ({reason})") from None
+    for place, data in json_lines(text, str(path)):
         if not isinstance(data, dict) or set(data) != NAMES:
             raise InputError(f'{place}: this is not {{"image": path, "question": text}}')
         if not all(isinstance(value, str) and value.strip() for value in data.values()):
@@ -137,7 +130,7 @@ def answer_file(
     try:
         for number, line in enumerate(answer_all(model, asked[done:], options, summary), 1):
             failed += "error" in line
-            stream.write(json.dumps(line, ensure_ascii=output is None) + "\n")
+            stream.write(json.dumps(line) + "\n")
             stream.flush()
             now = time.monotonic()
             last = done + number == len(asked)

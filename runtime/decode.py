@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyalign.runtime.lm import Floats, LanguageModel, LmState
+from tinyalign.runtime.memory_text import continuations
 
 LONGEST_MATCH = 3  # tokens of the answer that are looked up
 FIRST_DRAFT = 8  # tokens; doubled when all of a draft was right, cut when it was not
@@ -35,13 +36,8 @@ def draft(answer: Sequence[int], sentences: Sequence[Sequence[int]]) -> Sequence
 
     Of several places the first counts; () where there is none.
     """
-    for length in range(min(LONGEST_MATCH, len(answer)), 0, -1):
-        last = tuple(answer[len(answer) - length :])
-        for sentence in sentences:
-            for start in range(len(sentence) - length):
-                if tuple(sentence[start : start + length]) == last:
-                    return sentence[start + length :]
-    return ()
+    _, found = continuations(answer, sentences, LONGEST_MATCH)
+    return found[0] if found else ()
 
 
 def continue_answer(

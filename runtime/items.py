@@ -38,19 +38,24 @@ def read_jsonl(text: str, name: str, folder: Path) -> list[Item]:
     A line that is something else raises InputError with its number. Empty lines are left out.
     """
     items = []
+    for place, data in json_lines(text, name):
+        if not isinstance(data, dict):
+            raise InputError(f"{place}: this is not a JSON object")
+        items.append(_item(data, place, folder))
+    return items
+
+
+def json_lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
+    """(place for messages, value) of every line that is not empty; InputError if it is no JSON."""
     for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line separators
         if not line.strip():
             continue
         place = f"{name}, line {number}"
         try:
-            data = json.loads(line)
+            yield place, json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", "too deep")
             raise InputError(f"{place}: this is not JSON ({reason})") from None
-        if not isinstance(data, dict):
-            raise InputError(f"{place}: this is not a JSON object")
-        items.append(_item(data, place, folder))
-    return items
 
 
 def read_csv(text: str, name: str, folder: Path) -> list[Item]:

@@ -74,25 +74,33 @@ def read_memory(tokenizer: Tokenizer, text: str, longest: int, chunks: int) -> M
     return MemoryText(ids, tuple(sentences), tuple(found))
 
 
-def copies(
+def continuations(
     answer: Sequence[int], sentences: Sequence[Sequence[int]], longest: int
-) -> tuple[int, frozenset[int]]:
-    """What may come next if an answer repeats a sentence: (length of the match, next tokens).
+) -> tuple[int, list[Sequence[int]]]:
+    """How sentences go on where they say what the answer said last: (length of the match, rests).
 
     The match is the longest run of at most ``longest`` last tokens of the answer that stands in
     some sentence and does not end it; (0, nothing) where there is none.
     """
     for length in range(min(longest, len(answer)), 0, -1):
         last = tuple(answer[len(answer) - length :])
-        found = {
-            sentence[i + length]
+        found = [
+            sentence[i + length :]
             for sentence in sentences
             for i in range(len(sentence) - length)
             if tuple(sentence[i : i + length]) == last
-        }
+        ]
         if found:
-            return length, frozenset(found)
-    return 0, frozenset()
+            return length, found
+    return 0, []
+
+
+def copies(
+    answer: Sequence[int], sentences: Sequence[Sequence[int]], longest: int
+) -> tuple[int, frozenset[int]]:
+    """What may come next if an answer repeats a sentence: (length of the match, next tokens)."""
+    length, found = continuations(answer, sentences, longest)
+    return length, frozenset(rest[0] for rest in found)
 
 
 def add_copy_bonus(

@@ -336,14 +336,14 @@ class TinyAlign:
     def _see(self, pictures: Sequence[NDArray[np.uint8]]) -> list[EncodedPicture]:
         """Pictures as pixels, encoded; those that were seen lately are not encoded again."""
         hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
+        by_hash = dict(zip(hashes, pictures, strict=True))
         with self._seeing:
-            seen = {name: self._seen[name] for name in hashes if name in self._seen}
-        new = [place for place, name in enumerate(hashes) if name not in seen]
-        new = list({hashes[place]: place for place in new}.values())
+            seen = {name: self._seen[name] for name in by_hash if name in self._seen}
+        new = [name for name in by_hash if name not in seen]
         for start in range(0, len(new), ENCODE_BATCH):
             part = new[start : start + ENCODE_BATCH]
-            for picture in self._look([pictures[place] for place in part]):
-                seen[picture.pixel_hash] = picture
+            looked = self._look({name: by_hash[name] for name in part})
+            seen |= dict(zip(part, looked, strict=True))
         with self._seeing:
             for name in hashes:
                 self._seen[name] = seen[name]
@@ -352,18 +352,17 @@ class TinyAlign:
                 self._seen.popitem(last=False)
         return [seen[name] for name in hashes]
 
-    def _look(self, pictures: Sequence[NDArray[np.uint8]]) -> list[EncodedPicture]:
-        """One batch of pixels through vision encoder and connector."""
-        parts = self._parts
-        pixels = np.stack([normalise(p, parts.manifest.image) for p in pictures])  # [B, 3, S, S]
+    def _look(self, pictures: Mapping[str, NDArray[np.uint8]]) -> list[EncodedPicture]:
+        """One batch of pixels, by their hashes, through vision encoder and connector."""
+        parts, spec = self._parts, self._parts.manifest.image
+        pixels = np.stack([normalise(p, spec) for p in pictures.values()])  # [B, 3, S, S]
         cells = _run(parts.vision, ["cells"], pixels=pixels)[0]
         tokens, ids = _run(parts.connector, ["image_tokens", "token_ids"], cells=cells)
         for array in (cells, tokens, ids):
             array.flags.writeable = False
-        digests = [hashlib.sha256(p.tobytes()).hexdigest() for p in pictures]
         return [
-            EncodedPicture(c, t, i, digest, self._model_id)
-            for c, t, i, digest in zip(cells, tokens, ids, digests, strict=True)
+            EncodedPicture(c, t, i, name, self._model_id)
+            for c, t, i, name in zip(cells, tokens, ids, pictures, strict=True)
         ]
 
     def _compress(self, text: str, cells: Floats) -> Floats:

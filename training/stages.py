@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,14 @@ from transformers import LlamaForCausalLM
 from tinyalign.bank.errors import InputError
 from tinyalign.runtime.memory_text import read_memory
 from tinyalign.runtime.prompt import encode_text
-from tinyalign.training.batch import Episode, answer_loss, embed_batch, make_batch, text_input
+from tinyalign.training.batch import (
+    Batch,
+    Episode,
+    answer_loss,
+    embed_batch,
+    make_batch,
+    text_input,
+)
 from tinyalign.training.episodes import aligned_episode, draw_episode, draw_taught, rows_by_source
 from tinyalign.training.features import Record
 from tinyalign.training.lm import token_table
@@ -394,6 +401,17 @@ def episodes_loss(
 
     `keep` [B] is 0 where the picture's tokens are blanked.
     """
+    batch, inputs = embed_episodes(run, episodes, keep)
+    count = int((batch.labels >= 0).sum())
+    with lm_arithmetic(run.device.type):
+        loss = answer_loss(base_of(run.lm), inputs, batch, run.parts.rag_connector.copy_bonus)
+    return loss * count, count
+
+
+def embed_episodes(
+    run: Run, episodes: Sequence[Episode], keep: Tensor | None = None
+) -> tuple[Batch, Tensor]:
+    """Some episodes as a batch and as the LM's input [B, N, D], where the run computes."""
     parts, world, device = run.parts, run.world, run.device
     batch = make_batch(episodes, parts.prompt, parts.tokenizer, parts.compressor.shape)
     cells = cells_of(world, batch.image_rows.tolist()).to(device)
@@ -403,10 +421,7 @@ def episodes_loss(
         batch, cells, memory_cells, parts.embeddings, parts.connector, parts.compressor,
         parts.rag_connector, None if keep is None else keep.to(device),
     )  # fmt: skip
-    count = int((batch.labels >= 0).sum())
-    with lm_arithmetic(device.type):
-        loss = answer_loss(base_of(run.lm), inputs, batch, parts.rag_connector.copy_bonus)
-    return loss * count, count
+    return batch, inputs
 
 
 def base_of(lm: LlamaForCausalLM | PeftModel) -> LlamaForCausalLM:

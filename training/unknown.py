@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from tinyalign.training.answer import unknown_id
-from tinyalign.training.batch import Episode, Turn, answer_logits, embed_batch, make_batch
+from tinyalign.training.batch import Episode, Turn, answer_logits
 from tinyalign.training.episodes import UNKNOWN, rows_by_source, taught_episode
-from tinyalign.training.stages import Run, base_of, lm_arithmetic
-from tinyalign.training.world import cells_of
+from tinyalign.training.stages import Run, base_of, embed_episodes, lm_arithmetic
 
 KEPT = 0.95
 EPISODES = 200
@@ -51,20 +50,13 @@ def missing_questions(run: Run) -> list[Episode]:
 @torch.inference_mode()
 def margins(run: Run, episodes: list[Episode]) -> Tensor:
     """How far the first token of "I do not know." is ahead of all others, in logits [n]."""
-    parts, device, unknown = run.parts, run.device, unknown_id(run.parts)
-    parts.connector.eval()
+    unknown = unknown_id(run.parts)
+    run.parts.connector.eval()
     found = []
     for start in range(0, len(episodes), BATCH):
         part = episodes[start : start + BATCH]
-        batch = make_batch(part, parts.prompt, parts.tokenizer, parts.compressor.shape)
-        cells = cells_of(run.world, batch.image_rows.tolist()).to(device)
-        memory_cells = cells_of(run.world, batch.memory_rows.tolist()).to(device)
-        batch = batch.to(device)
-        inputs = embed_batch(
-            batch, cells, memory_cells, parts.embeddings, parts.connector, parts.compressor,
-            parts.rag_connector,
-        )  # fmt: skip
-        with lm_arithmetic(device.type):
+        batch, inputs = embed_episodes(run, part)
+        with lm_arithmetic(run.device.type):
             logits, _ = answer_logits(base_of(run.lm), inputs, batch)  # [S, V]
         owner = (batch.labels >= 0).nonzero()[:, 0]  # [S]
         first = [int((owner == number).nonzero()[0, 0]) for number in range(len(part))]

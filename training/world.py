@@ -15,6 +15,7 @@ from random import Random
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from tinyalign.runtime.items import told
 from tinyalign.runtime.keys import KeyArrays, make_key, make_keys
@@ -52,8 +53,7 @@ class World:
     def key(self, row: int, text: str) -> NDArray[np.float32]:
         """Key [di + dt] of a row's picture with a text."""
         assert self.parts.keys is not None
-        ids = encode_text(self.parts.tokenizer, text)
-        mean = self.embeddings[list(ids)].float().mean(0).numpy()
+        mean = text_mean(self.parts.tokenizer, self.embeddings, text)
         return make_key(self.cells[row, 0], mean, self.parts.keys)
 
     def retrieve(self, row: int, question: str, count: int) -> list[tuple[int, float]]:
@@ -83,10 +83,10 @@ def memory_text(record: Record) -> str:
     return text + (f": {record.gloss}." if record.gloss else ".")
 
 
-def text_mean(parts: Parts, text: str) -> NDArray[np.float32]:
-    """Mean token embedding [D] of a text that is not empty."""
-    ids = encode_text(parts.tokenizer, text)
-    mean: NDArray[np.float32] = parts.embeddings[list(ids)].float().mean(0).numpy()
+def text_mean(tokenizer: Tokenizer, table: torch.Tensor, text: str) -> NDArray[np.float32]:
+    """Mean token embedding [D] of a text that is not empty; `table` [V, D] is on the CPU."""
+    ids = encode_text(tokenizer, text)
+    mean: NDArray[np.float32] = table[list(ids)].float().mean(0).numpy()
     return mean
 
 
@@ -103,9 +103,9 @@ def make_world(
     texts = [cut_text(parts.tokenizer, text, longest) for text in whole]
     if cut := sum(a != b for a, b in zip(texts, whole, strict=True)):
         print(f"{cut} memories are cut: they hold at most {longest} tokens", file=sys.stderr)
-    means = np.stack([text_mean(parts, text) for text in texts])
-    keys = make_keys(cells[bank, 0].astype(np.float32), means, parts.keys)
     table = parts.embeddings.detach()
+    means = np.stack([text_mean(parts.tokenizer, table, text) for text in texts])
+    keys = make_keys(cells[bank, 0].astype(np.float32), means, parts.keys)
     return World(cells, records, views, np.array(bank), keys, texts, parts, table)
 
 
@@ -116,7 +116,8 @@ def fit_keys(
     apart = ("prototypes", *STYLES)
     train = [i for i, r in enumerate(records) if r.split == "train" and r.source not in apart]
     bank = bank_rows(records, views_of(records))
-    means = np.stack([text_mean(parts, memory_text(records[row])) for row in bank])
+    memories = [memory_text(records[row]) for row in bank]
+    means = np.stack([text_mean(parts.tokenizer, parts.embeddings, text) for text in memories])
     return fit_key(
         cells[train, 0].astype(np.float32), means,
         recipe.image_key_width, recipe.text_key_width, recipe.alpha,
