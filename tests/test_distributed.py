@@ -42,6 +42,8 @@ if run.accelerator.is_main_process:
     }
     result = {"processes": run.accelerator.num_processes, "log": run.log, "weights": weights}
     (Path(sys.argv[2]) / "result.json").write_text(json.dumps(result))
+run.accelerator.wait_for_everyone()  # as tinyalign-train ends
+run.accelerator.end_training()
 """
 
 

@@ -131,8 +131,15 @@ def train(recipe: Recipe, directory: Path, until: str, data: Sequence[Data] = ()
     if until >= "2":
         stages.with_lora(run)
         stages.train_finetune(run)
-    if not accelerator.is_main_process:
-        return
+    if accelerator.is_main_process:
+        write_weights(run, until, sources)
+    accelerator.wait_for_everyone()  # a process that ends early takes the others with it
+    accelerator.end_training()
+
+
+def write_weights(run: stages.Run, until: str, sources: Sequence[str]) -> None:
+    """The weights directory and the loss curve of a run that is done."""
+    parts, directory = run.parts, run.directory
     if until >= "2":
         margin = calibrated_margin(run)
         parts.prompt = dataclasses.replace(parts.prompt, unknown_margin=margin)
@@ -142,6 +149,6 @@ def train(recipe: Recipe, directory: Path, until: str, data: Sequence[Data] = ()
     shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run
     save_parts(parts, weights)
     stages.save_lora(run, weights / "lora")
-    build_bank(world, weights / "bank.sqlite", (*ORDER, *sources))
+    build_bank(run.world, weights / "bank.sqlite", (*ORDER, *sources))
     plot_losses(run.log, directory / "loss.png")
     print(f"weights: {weights}\nloss curve: {directory / 'loss.png'}")
