@@ -12,7 +12,7 @@ greedily decoded tokens are those of float32 before the first difference.
     decode       64 tokens after 128, one by one (answers of this runtime read two rows a run)
     start        process start to the first token after a prompt of 61 tokens. Of this runtime:
                  the whole program, with a picture and the memory bank
-    memory       peak resident memory after all of this. Of this runtime: the whole model
+    memory       peak resident memory of a process that decodes. Of this runtime: the whole model
 
 What decoding gains by drafts is measured on answers of the whole model: "answers" are the default
 model's to questions on held-out things that were taught (`teach_lessons.py`), with their drafts,
@@ -165,11 +165,11 @@ def process_start(name: str, model: Path, gguf: Path, ids: Sequence[int]) -> flo
 def whole_model_rss(model: Path) -> float:
     """Peak MiB of a process that answers a question about a picture."""
     code = (
-        "import resource, sys; from tinyalign.runtime import TinyAlign;"
+        "import sys; sys.path.append(sys.argv[3]); from tinyalign.runtime import TinyAlign;"
         "TinyAlign.load(sys.argv[1]).ask(sys.argv[2], 'What is this?');"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "from peers_worker import peak_mib; print(peak_mib())"
     )
-    command = [sys.executable, "-c", code, str(model), str(PICTURE)]
+    command = [sys.executable, "-c", code, str(model), str(PICTURE), str(Path(__file__).parent)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -179,19 +179,25 @@ def measure(names: Sequence[str], model: Path, rounds: int) -> dict[str, Any]:
     WORK.mkdir(parents=True, exist_ok=True)
     answers = Answers(model)
     windows = texts(answers._model.parts.tokenizer)
-    workers = {name: Worker(name, model, gguf) for name in names}
     found: dict[str, Any] = {}
     told: dict[str, list[list[int]]] = {}
-    for name, worker in workers.items():
+    workers: dict[str, Worker] = {}
+    for name in names:
         note(f"{name}: quality")
-        found[name] = {"version": worker.ask("load")["version"]}
+        worker = Worker(name, model, gguf)
+        try:
+            found[name] = {"version": worker.ask("load")["version"]}
+        except (RuntimeError, BrokenPipeError) as error:
+            note(f"{name} is left out: {error}")
+            continue
+        workers[name] = worker
         total = sum(worker.ask("nll", ids=ids)["nats"] for ids in windows)
         found[name]["perplexity"] = float(np.exp(total / (WINDOWS * (WINDOW - 1))))
         told[name] = [
             worker.ask("decode", ids=ids[:CONTEXT], count=COUNT)["ids"] for ids in windows[:4]
         ]
     series: dict[str, dict[str, list[float]]] = {
-        name: {"prefill": [], "decode": [], "start": []} for name in names
+        name: {"prefill": [], "decode": [], "start": []} for name in workers
     }
     own: dict[str, list[float]] = {"drafts": [], "plain": []}
     for turn in range(rounds):
@@ -207,18 +213,20 @@ def measure(names: Sequence[str], model: Path, rounds: int) -> dict[str, Any]:
             own[key].append(1e3 * result["seconds"])
             found["tinyalign"][f"answers_{key}_runs"] = result["runs"]
     for name, worker in workers.items():
-        found[name]["rss_mib"] = worker.ask("rss")["mib"]
         worker.close()
+        fresh = Worker(name, model, gguf)  # what quality was measured with takes more
+        fresh.ask("decode", ids=windows[0][:CONTEXT], count=COUNT)
+        found[name]["rss_mib"] = fresh.ask("rss")["mib"]
+        fresh.close()
     found["tinyalign"]["lm_rss_mib"] = found["tinyalign"]["rss_mib"]
     found["tinyalign"]["rss_mib"] = whole_model_rss(model)
     for turn in range(min(rounds, 5)):
         note(f"starting, round {turn + 1}")
-        for name in names:
+        for name in workers:
             series[name]["start"].append(process_start(name, model, gguf, windows[0][:START]))
-    if "tinyalign" in names:
-        series["tinyalign"] |= {f"answers_{key}": values for key, values in own.items()}
+    series["tinyalign"] |= {f"answers_{key}": values for key, values in own.items()}
     reference = told.get("torch fp32")
-    for name in names:
+    for name in workers:
         found[name]["series"] = {k: [round(x, 5) for x in v] for k, v in series[name].items()}
         if reference:
             same = [
