@@ -96,9 +96,10 @@ def prepared_world(folder: Path) -> World:
     """Features, the default bank's pictures, and warm parts that no cell has changed.
 
     The warm start (compressor and RAG connector as an autoencoder of words, stage 0) is trained
-    once and kept in ``folder``.
+    once and kept in ``folder``, in a place of its own for each recipe.
     """
     recipe = Recipe()
+    folder = folder / hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
     world = prepare_world(recipe, folder, unseen=lambda record: set_aside(record.concept))
     parts = world.parts
     parts.prompt = dataclasses.replace(parts.prompt, system=SYSTEM)
