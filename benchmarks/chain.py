@@ -131,6 +131,19 @@ def link_by_link(
     return result
 
 
+def table(result: dict[str, Any]) -> str:
+    """All links of all questions."""
+    links = (
+        "features", "connector", "answer", "answer, token right", "answer, token wrong",
+        "runtime", "runtime as torch",
+    )  # fmt: skip
+    rows = [["question", "n", *links], ["---"] * (2 + len(links))]
+    for group, found in result.items():
+        shares = [f"{found[link]['share']:.2f}" if link in found else "" for link in links]
+        rows.append([group, str(found["answer"]["n"]), *shares])
+    return "\n".join(markdown(rows))
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -151,15 +164,7 @@ def main() -> None:
             kind = group.split()[-1]
             result[group] = link_by_link(model, parts, bank, cells, records, kind, items)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    links = (
-        "features", "connector", "answer", "answer, token right", "answer, token wrong",
-        "runtime", "runtime as torch",
-    )  # fmt: skip
-    rows = [["question", "n", *links], ["---"] * (2 + len(links))]
-    for group, table in result.items():
-        shares = [f"{table[link]['share']:.2f}" if link in table else "" for link in links]
-        rows.append([group, str(table["answer"]["n"]), *shares])
-    print("\n".join(markdown(rows)))
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chain
 from common import markdown, note
 from safetensors.numpy import load_file
 
@@ -69,6 +70,17 @@ What it was taught by one example, without training, asked on another view (`pyt
 [memory-bank.md](memory-bank.md)):
 
 {teach}
+
+## Where accuracy is lost
+
+`python benchmarks/chain.py` follows questions link by link: what a linear probe reads off the encoder's features, whether
+the image token of that slot says it, the torch model's answer, and the exported model's:
+
+{chain}
+
+The exported, quantized model answers as torch does. Answers follow the image token where it is right; the image tokens are
+near what can be read off the features. So colour, number and place in scenes are bound by the encoder's ten cells: finer
+features are the next step. For photographs the bound is the encoder's own best class, for what was taught it is retrieval.
 
 ## What it cannot do
 
@@ -170,6 +182,7 @@ def main() -> None:
             prompt=text.replace("{question}", "<question>").strip(),
             top_k=prompt["top_k"], margin=prompt["margin"],
             looks=looks_table(accuracy), names=names_table(accuracy), teach=teach_table(load("teach")),
+            chain=chain.table(load("chain")),
             tokens=sum(p for p in prompt["image"] if isinstance(p, int)),
         )
     )  # fmt: skip
