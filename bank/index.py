@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -289,6 +288,8 @@ class _Binding:
 
 def _writer() -> str:
     bits = 64 if sys.maxsize > 2**32 else 32
+    from importlib.metadata import version  # slow, and seldom needed
+
     return f"hnswlib {version('hnswlib')} {sys.byteorder} {bits}"
 
 

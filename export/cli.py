@@ -38,9 +38,9 @@ stderr says why); 130 interrupted with Ctrl-C. Only 0 changes what is at --out."
 COMPONENTS = {
     "lm": ("int8", "int4 halves the size once more but answers noticeably worse"),
     "vision": ("fp32", "int8 is smaller and a little faster, but see docs/export.md"),
-    "connector": ("fp32", ""),
+    "connector": ("int8", ""),
     "compressor": ("fp32", ""),
-    "rag-connector": ("fp32", ""),
+    "rag-connector": ("int8", ""),
 }
 
 

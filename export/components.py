@@ -75,7 +75,7 @@ def export_component(
     Args:
         name: one of `SIGNATURES`.
         module: the part in eval mode.
-        path: the graph's file.
+        path: the graph's file; large weights go to `path`.data.
         example: inputs of 2 or more rows: the exporter follows the first two, and the vision
             encoder in int8 is calibrated on all of them.
         precision: of the weights; "fp32" or "int8" for the vision encoder.
@@ -85,9 +85,12 @@ def export_component(
     if precision != "fp32" and name != "vision":
         quantize_products(model, 8 if precision == "int8" else 4)
     drop_unused(model)
-    path.write_bytes(model.SerializeToString(deterministic=True))
     if precision != "fp32" and name == "vision":
-        quantize_network(path, SIGNATURES[name].inputs[0], example[0])
+        model = quantize_network(model, SIGNATURES[name].inputs[0], example[0])
+    # Weights beside the graph are mapped; within it they would be copied twice on loading.
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)
+    onnx.save_model(model, path, save_as_external_data=True, location=data.name)
     onnx.checker.check_model(str(path))
 
 
@@ -222,22 +225,22 @@ class Calibration(CalibrationDataReader):  # type: ignore[misc]  # it has no typ
         return next(self.rows, None)
 
 
-def quantize_network(path: Path, name: str, rows: Tensor) -> None:
-    """Rewrite a graph of convolutions with 8-bit weights (a scale a channel) and activations.
+def quantize_network(model: onnx.ModelProto, name: str, rows: Tensor) -> onnx.ModelProto:
+    """A graph of convolutions with 8-bit weights (a scale a channel) and activations.
 
     Args:
-        path: the graph's file.
+        model: the graph.
         name: its only input.
         rows: inputs [n, ..]; the range of every activation is what these reach.
     """
     with tempfile.TemporaryDirectory() as folder:
-        inferred = Path(folder) / "inferred.onnx"
-        onnx.save(onnx.shape_inference.infer_shapes(onnx.load(path)), inferred)
+        inferred, quantized = Path(folder) / "inferred.onnx", Path(folder) / "quantized.onnx"
+        onnx.save(onnx.shape_inference.infer_shapes(model), inferred)
         logging.disable(logging.WARNING)  # it always advises a step that changes nothing here
         try:
             quantize_static(
                 str(inferred),
-                str(path),
+                str(quantized),
                 Calibration(name, rows),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
@@ -246,6 +249,7 @@ def quantize_network(path: Path, name: str, rows: Tensor) -> None:
             )
         finally:
             logging.disable(logging.NOTSET)
+        return onnx.load(quantized)
 
 
 def drop_unused(model: onnx.ModelProto) -> None:

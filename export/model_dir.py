@@ -36,19 +36,6 @@ from tinyalign.training.parts import Parts
 from tinyalign.training.sources import PACKAGES
 
 BANK_NAME = "bank.sqlite"
-FILES = (
-    "vision.onnx",
-    "connector.onnx",
-    "compressor.onnx",
-    "rag_connector.onnx",
-    "lm.onnx",
-    "lm.onnx.data",
-    EMBEDDINGS_NAME,
-    "key.npz",
-    "tokenizer.json",
-    BANK_NAME,
-)
-"""What a model directory holds beside its manifest."""
 CONTEXT = 2048
 """Tokens of prompt and answer that an exported language model can hold."""
 CHECKING_ONLY = ("foolbox",)
@@ -61,9 +48,9 @@ class Precisions:
 
     lm: Precision = "int8"
     vision: Precision = "fp32"
-    connector: Precision = "fp32"
+    connector: Precision = "int8"
     compressor: Precision = "fp32"
-    rag_connector: Precision = "fp32"
+    rag_connector: Precision = "int8"
 
 
 def write_components(
@@ -127,7 +114,8 @@ def write_bank(parts: Parts, source: Path, target: Path) -> None:
 def write_manifest(
     parts: Parts, directory: Path, precisions: Precisions, quality: dict[str, Any]
 ) -> Manifest:
-    """Write the manifest over the files as they are now."""
+    """Write the manifest over all files of the directory as they are now."""
+    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST_NAME)
     memory = parts.compressor.shape
     manifest = Manifest(
         name="default",
@@ -141,7 +129,7 @@ def write_manifest(
         lm=lm_spec(parts.lm.config, CONTEXT),
         precisions=asdict(precisions),
         prompt=parts.prompt,
-        files=tuple(file_entry(directory, name) for name in FILES),
+        files=tuple(file_entry(directory, name) for name in names),
         quality=quality,
     )
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")

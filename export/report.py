@@ -153,7 +153,8 @@ def measure_components(
         found = run(session, name, inputs)
         onnx_ms = median_ms(partial(run, session, name, one))
         precision = getattr(precisions, name)
-        lines.append(report_line(name, precision, [path], found, expected, torch_ms, onnx_ms))
+        files = sorted(directory.glob(f"{name}.onnx*"))
+        lines.append(report_line(name, precision, files, found, expected, torch_ms, onnx_ms))
     return lines
 
 
@@ -189,7 +190,7 @@ def measure_lm(
     hits = recall(parts, model.banks, cells, QUESTIONS[0])
     rows = prompt_rows(parts, cells, QUESTIONS[0], hits)  # [1, N, D]
     array, count, lm = rows[0].numpy(), rows.shape[1], model.parts.lm
-    files = [directory / "lm.onnx", directory / "lm.onnx.data"]
+    files = sorted(directory.glob("lm.onnx*"))
     state = lm.new_state(count + 1)
 
     def read() -> Array:

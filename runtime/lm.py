@@ -19,7 +19,7 @@ from tinyalign.runtime.errors import ModelError, TinyAlignError
 from tinyalign.runtime.manifest import LmSpec
 
 Floats: TypeAlias = NDArray[np.float32]
-KEPT = 16  # bindings of so many tokens at most are used again
+KEPT = 16  # bindings of so many tokens at most are used again; rows of logits at most in a buffer
 CAPACITY_STEP = 64  # buffers come in multiples of this many tokens
 
 
@@ -30,6 +30,7 @@ class LmState:
     capacity: int
     buffers: dict[str, ort.OrtValue]  # "0.key", "0.value", "1.key", ...
     read: Floats  # [capacity, D], the embeddings of what was read
+    logits: Floats  # [1, KEPT, V], of the last run
     length: int = 0
     # Bindings to use again, by number of tokens and of rows of logits.
     runs: dict[tuple[int, int], _Run] = field(default_factory=dict, repr=False)
@@ -75,12 +76,13 @@ class LanguageModel:
         shape = (1, spec.kv_heads, capacity, spec.head_dim)
         names = _buffer_names(spec)
         buffers = {name: _value(np.zeros(shape, np.float32)) for name in names}
-        return LmState(capacity, buffers, np.zeros((capacity, spec.width), np.float32))
+        read = np.zeros((capacity, spec.width), np.float32)
+        return LmState(capacity, buffers, read, np.empty((1, KEPT, spec.vocab), np.float32))
 
     def forward(self, state: LmState, embeddings: Floats, rows: tuple[int, ...] = (-1,)) -> Floats:
         """Read ``embeddings`` [N, D] after what ``state`` holds; logits [R, V] of the given rows.
 
-        The logits of up to 16 tokens stay valid only until the next call with the same state.
+        Up to 16 rows of logits stay valid only until the next call with the same state.
         """
         count = len(embeddings)
         if state.length + count > state.capacity:
@@ -109,7 +111,9 @@ class LanguageModel:
             rows=np.zeros(rows, np.int64),
             last=np.zeros(1, np.int32),
             total=np.zeros((), np.int32),
-            logits=np.zeros((1, rows, spec.vocab), np.float32),
+            logits=state.logits[:, :rows]
+            if rows <= KEPT
+            else np.zeros((1, rows, spec.vocab), np.float32),
         )
         run.binding.bind_ortvalue_input("inputs_embeds", _value(run.embeddings))
         run.binding.bind_ortvalue_input("logit_rows", _value(run.rows))

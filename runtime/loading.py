@@ -1,23 +1,36 @@
-"""From a model directory to open sessions, checked file by file."""
+"""From a model directory to open sessions, checked file by file.
+
+Opening the language model takes longest, as onnxruntime orders its weights anew (0.13 s for the
+default's 135 million). So `start_loading` begins with it in a thread; a program that calls it
+first imports the rest, tokenizers, Pillow, the bank, meanwhile.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from tinyalign.runtime.errors import ModelError
+from tinyalign.runtime.errors import InputError, ModelError
 from tinyalign.runtime.files import verify_files
 from tinyalign.runtime.keys import KeyArrays, load_key_arrays
 from tinyalign.runtime.lm import LanguageModel
 from tinyalign.runtime.manifest import Manifest, read_manifest
+from tinyalign.runtime.paths import default_model_dir
+from tinyalign.runtime.threads import default_threads
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 DEFAULT_BANK = "bank.sqlite"
 
@@ -45,6 +58,50 @@ class Parts:
         return self.open_lm()
 
 
+@dataclass(frozen=True)
+class Loading:
+    """A checked model directory whose sessions are being opened in threads."""
+
+    started: float  # of time.perf_counter()
+    directory: Path
+    manifest: Manifest
+    threads: int
+    open_lm: Callable[[], LanguageModel]
+    vision: Future[ort.InferenceSession]
+    connector: Future[ort.InferenceSession]
+    rag_connector: Future[ort.InferenceSession]
+
+
+def start_loading(
+    path: str | Path | None = None, threads: int | None = None, lm: bool = True
+) -> Loading:
+    """Check a model directory (the default one, if none is named) and begin to open its sessions.
+
+    ``threads`` defaults to the CPUs this process may use. Without ``lm`` the language model is
+    opened only when it is used, which teaching does not. Raises ModelError, or InputError for
+    fewer threads than one.
+    """
+    started = time.perf_counter()
+    if threads is not None and threads < 1:
+        raise InputError(f"the number of threads must be 1 or more, not {threads}")
+    directory = Path(path) if path is not None else default_model_dir()
+    threads = threads or default_threads()
+    manifest = check_directory(directory, threads)
+    pool = ThreadPoolExecutor(2)  # one is busy with the language model till the end
+
+    @cache
+    def open_lm() -> LanguageModel:
+        session = open_session(directory / "lm.onnx", threads, spin=True)
+        return LanguageModel(session, manifest.lm)
+
+    opening_lm = pool.submit(open_lm) if lm else None  # it takes longest, so it starts first
+    names = ("vision", "connector", "rag_connector")
+    opening = [pool.submit(open_session, directory / f"{name}.onnx", threads) for name in names]
+    pool.shutdown(wait=False)
+    get_lm = opening_lm.result if opening_lm else open_lm
+    return Loading(started, directory, manifest, threads, get_lm, *opening)
+
+
 def check_directory(directory: Path, threads: int) -> Manifest:
     """The manifest of a directory whose files are all there and unchanged; else ModelError."""
     manifest = read_manifest(directory)
@@ -62,41 +119,26 @@ def check_directory(directory: Path, threads: int) -> Manifest:
     return manifest
 
 
-def load_parts(directory: Path, manifest: Manifest, threads: int, lm: bool = True) -> Parts:
-    """Open the parts of a checked directory side by side; raises ModelError.
-
-    Without ``lm`` the language model is opened only when it is used, which teaching does not.
-    """
-
-    @cache
-    def open_lm() -> LanguageModel:
-        session = open_session(directory / "lm.onnx", threads, spin=True)
-        return LanguageModel(session, manifest.lm)
-
-    with ThreadPoolExecutor(max(2, threads)) as pool:
-        if lm:  # it takes longest, so it starts first
-            opening = pool.submit(open_lm)
-        vision = pool.submit(open_session, directory / "vision.onnx", threads)
-        tokenizer = pool.submit(_open_tokenizer, directory / "tokenizer.json")
-        connector = pool.submit(open_session, directory / "connector.onnx", threads)
-        rag_connector = pool.submit(open_session, directory / "rag_connector.onnx", threads)
-        keys = load_key_arrays(directory / "key.npz")
-        embeddings = _open_embeddings(directory / "embeddings.bin", manifest)
-        parts = Parts(
-            directory=directory,
-            manifest=manifest,
-            threads=threads,
-            tokenizer=tokenizer.result(),
-            stop_ids=_stop_ids(tokenizer.result(), manifest),
-            embeddings=embeddings,
-            keys=_check_keys(keys, manifest),
-            vision=vision.result(),
-            connector=connector.result(),
-            rag_connector=rag_connector.result(),
-            open_lm=opening.result if lm else open_lm,
-        )
-        if lm:
-            opening.result()  # raises here, not at the first question
+def finish_loading(loading: Loading, lm: bool = True) -> Parts:
+    """All parts of a model directory; raises ModelError. ``lm`` waits for the language model."""
+    directory, manifest = loading.directory, loading.manifest
+    tokenizer = _open_tokenizer(directory / "tokenizer.json")
+    keys = load_key_arrays(directory / "key.npz")
+    parts = Parts(
+        directory=directory,
+        manifest=manifest,
+        threads=loading.threads,
+        tokenizer=tokenizer,
+        stop_ids=_stop_ids(tokenizer, manifest),
+        embeddings=_open_embeddings(directory / "embeddings.bin", manifest),
+        keys=_check_keys(keys, manifest),
+        vision=loading.vision.result(),
+        connector=loading.connector.result(),
+        rag_connector=loading.rag_connector.result(),
+        open_lm=loading.open_lm,
+    )
+    if lm:
+        parts.open_lm()  # raises here, not at the first question
     return parts
 
 
@@ -116,17 +158,32 @@ def open_session(path: Path, threads: int, spin: bool = False) -> ort.InferenceS
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding raises a dozen unrelated types
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path} cannot be loaded: {reason}") from None
+    _give_back_memory()
+    return session
+
+
+def _give_back_memory() -> None:
+    """Let the C library return what loading needed for a while (a tenth of the default's memory).
+
+    glibc keeps freed memory of each thread for ever; elsewhere this does nothing.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _open_tokenizer(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the binding raises plain Exception
         raise ModelError(f"{path} cannot be loaded: {error}") from None
+    _give_back_memory()
+    return tokenizer
 
 
 def _open_embeddings(path: Path, manifest: Manifest) -> NDArray[np.float16]:

@@ -40,14 +40,14 @@ from tinyalign.runtime.keys import make_key, mean_embedding, retold_key
 from tinyalign.runtime.lm import LmState
 from tinyalign.runtime.loading import (
     DEFAULT_BANK,
+    Loading,
     Parts,
-    check_directory,
-    load_parts,
+    finish_loading,
     open_session,
+    start_loading,
 )
 from tinyalign.runtime.manifest import MemoryMode
 from tinyalign.runtime.memory_text import MemoryText, add_copy_bonus, read_memory
-from tinyalign.runtime.paths import default_model_dir
 from tinyalign.runtime.prompt import (
     Segment,
     build_prompt,
@@ -60,7 +60,6 @@ from tinyalign.runtime.prompt import (
     token_count,
 )
 from tinyalign.runtime.sampling import Sampling, pick
-from tinyalign.runtime.threads import default_threads
 
 Floats = NDArray[np.float32]
 MAX_TOKENS = 128
@@ -87,12 +86,13 @@ class TinyAlign:
     @classmethod
     def load(
         cls,
-        path: str | Path | None = None,
+        path: str | Path | Loading | None = None,
         threads: int | None = None,
         banks: Sequence[str | Path] | None = None,
         lm: bool = True,
     ) -> TinyAlign:
-        """Open a model directory ($TINYALIGN_MODEL or the cache's, if none is named).
+        """Open a model directory ($TINYALIGN_MODEL or the cache's, if none is named), or go on with
+        one that ``start_loading`` began to open.
 
         ``threads`` defaults to the CPUs this process may use. ``banks`` are bank files, or
         addresses in Qdrant ("qdrant://host:port/collection"), that replace the model's own, which
@@ -100,18 +100,13 @@ class TinyAlign:
         Without ``lm`` the language model is opened at the first question only: teaching needs none.
         Raises ModelError or BankError with one clear line.
         """
-        started = time.perf_counter()
-        if threads is not None and threads < 1:
-            raise InputError(f"the number of threads must be 1 or more, not {threads}")
-        directory = Path(path) if path is not None else default_model_dir()
-        threads = threads or default_threads()
-        manifest = check_directory(directory, threads)
-        parts = load_parts(directory, manifest, threads, lm)
+        loading = path if isinstance(path, Loading) else start_loading(path, threads, lm)
+        parts = finish_loading(loading, lm)
         with ExitStack() as opened:
             names = ["default"] if banks is None else banks
             open_banks = [opened.enter_context(_open_bank(parts, name)) for name in names]
             opened.pop_all()
-        return cls(parts, open_banks, _ms(started))
+        return cls(parts, open_banks, _ms(loading.started))
 
     @property
     def parts(self) -> Parts:
@@ -357,13 +352,15 @@ class TinyAlign:
         parts, spec = self._parts, self._parts.manifest.image
         pixels = np.stack([normalise(p, spec) for p in pictures.values()])  # [B, 3, S, S]
         cells = _run(parts.vision, ["cells"], pixels=pixels)[0]
-        tokens, ids = _run(parts.connector, ["image_tokens", "token_ids"], cells=cells)
-        for array in (cells, tokens, ids):
-            array.flags.writeable = False
-        return [
-            EncodedPicture(c, t, i, name, self._model_id)
-            for c, t, i, name in zip(cells, tokens, ids, pictures, strict=True)
-        ]
+        cells.flags.writeable = False
+        encoded = []
+        for name, one in zip(pictures, cells, strict=True):
+            # One by one: the int8 connector rounds one row otherwise than several.
+            outputs = ["image_tokens", "token_ids"]
+            (tokens,), (ids,) = _run(parts.connector, outputs, cells=one[None])
+            tokens.flags.writeable = ids.flags.writeable = False
+            encoded.append(EncodedPicture(one, tokens, ids, name, self._model_id))
+        return encoded
 
     def _compress(self, text: str, cells: Floats) -> Floats:
         """Latents f32 [l, d] of a text and cells [C, Dv], without the unused rest."""

@@ -331,7 +331,7 @@ def test_a_failure_that_is_not_the_users_is_1(
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(module, "load_parts", fail)
+    monkeypatch.setattr(module, "finish_loading", fail)
     assert cli.main([str(place / "good.png"), "what?", "--model", str(tiny)]) == 1
     assert capsys.readouterr().err == "tinyalign-infer: MemoryError\n"
 

@@ -40,7 +40,7 @@ class Reciting:
 def recite(
     says: list[int], sentences: Sequence[Sequence[int]], limit: int = 99
 ) -> tuple[list[int], Reciting, LmState]:
-    lm, state = Reciting(says), LmState(999, {}, np.zeros((999, 1), np.float32))
+    lm, state = Reciting(says), LmState(999, {}, *np.zeros((2, 999, 1), np.float32))
     batches = continue_answer(
         lm, state, TABLE, says[0], lambda row, _: int(row.argmax()), frozenset({STOP}), limit,
         sentences,

@@ -19,7 +19,7 @@ from tiny_model import PROMPT, language_model, picture, tokenizer
 
 from tinyalign.bank import Bank
 from tinyalign.export import cli, model_dir
-from tinyalign.export.model_dir import FILES, Precisions
+from tinyalign.export.model_dir import Precisions
 from tinyalign.export.report import measure
 from tinyalign.export.target import check_target, exchange, replacing
 from tinyalign.runtime import InputError, TinyAlign
@@ -120,8 +120,11 @@ def test_the_same_greedy_tokens(parts: Parts, model_path: Path, mode: MemoryMode
 
 
 def test_the_directory_is_whole(model_path: Path) -> None:
-    assert {path.name for path in model_path.iterdir()} == {*FILES, MANIFEST_NAME}
     manifest = read_manifest(model_path)
+    assert {path.name for path in model_path.iterdir()} == {
+        *(entry.path for entry in manifest.files),
+        MANIFEST_NAME,
+    }
     assert manifest.quality == {"a": 1}
     assert manifest.precisions == dict.fromkeys(dataclasses.asdict(FLOATS), "fp32")
     assert any("SmolLM2" in licence.part for licence in manifest.licences)
