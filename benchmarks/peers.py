@@ -20,8 +20,9 @@ beside the peers' decoding of as many tokens in the same round.
 
 Peers that are not installed are left out and named. To install them:
 
-    pip install llama-cpp-python          (compiles llama.cpp)
-    pip install -c constraints.txt -e ".[export]"   (torch, optimum)
+    pip install llama-cpp-python                              (compiles llama.cpp)
+    pip install --no-deps onnxruntime-genai==0.14.1           (reads the graph that is exported here)
+    pip install -c constraints.txt -e ".[export]"             (torch, optimum)
 
 Results: benchmarks/results/peers.json and docs/peers.png.
 """
@@ -64,6 +65,7 @@ PEERS = {  # name -> module it needs
     "llama.cpp Q4_1": "llama_cpp",
     "llama.cpp Q8_0": "llama_cpp",
     "llama.cpp Q4_0": "llama_cpp",
+    "genai": "onnxruntime_genai",
     "optimum fp32": "optimum.onnxruntime",
     "optimum int8": "optimum.onnxruntime",
     "torch fp32": "torch",

@@ -197,6 +197,129 @@ class Optimum:
         return logits
 
 
+class Genai:
+    """onnxruntime-genai on the graph and the weights of this runtime (`_write_genai`)."""
+
+    def __init__(self, directory: Path, gguf: Path, work: Path) -> None:
+        import onnxruntime_genai as genai
+
+        from tinyalign.runtime.manifest import read_manifest
+
+        if not (work / "lm" / "done").exists():
+            _export_lm(gguf, work / "lm")
+        for name, every in (("genai", False), ("genai-every", True)):
+            if not (work / name / "genai_config.json").exists():
+                _write_genai(read_manifest(directory).lm, gguf, work / "lm", work / name, every)
+        self._genai = genai
+        self._model = genai.Model(str(work / "genai"))
+        self._every = work / "genai-every"
+        self.version = f"onnxruntime-genai {genai.__version__}"
+
+    def read(self, ids: Sequence[int]) -> Logits:
+        self._generator = self._start(self._model)
+        return self._run(ids)[-1]
+
+    def step(self, token: int) -> Logits:
+        return self._run([token])[-1]
+
+    def every(self, ids: Sequence[int]) -> Logits:
+        generator = self._start(self._genai.Model(str(self._every)))
+        generator.append_tokens(np.array([ids], np.int32))
+        return np.asarray(generator.get_output("logits"))[0]
+
+    def _start(self, model: Any) -> Any:
+        parameters = self._genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=1024, do_sample=False, batch_size=1)
+        return self._genai.Generator(model, parameters)
+
+    def _run(self, ids: Sequence[int]) -> Logits:
+        self._generator.append_tokens(np.array([ids], np.int32))
+        return np.asarray(self._generator.get_logits())[0]
+
+
+def _write_genai(spec: Any, gguf: Path, source: Path, place: Path, every: bool) -> None:
+    """This runtime's graph as onnxruntime-genai wants it: the same operators and weights, behind
+    some that look up the tokens' embeddings and count the attention mask.
+
+    Logits are those of the last token, as here; or of every one, for quality.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from tinyalign.training.lm import load_lm
+
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("lm.onnx.data", "embeddings.bin"):
+        (place / name).unlink(missing_ok=True)
+        (place / name).hardlink_to(source / name)
+    model = onnx.load(str(source / "lm.onnx"), load_external_data=False)
+    graph = model.graph
+    table = TensorProto(
+        name="embeddings", data_type=TensorProto.FLOAT16, dims=(spec.vocab, spec.width),
+        data_location=TensorProto.EXTERNAL,
+    )  # fmt: skip
+    size = 2 * spec.vocab * spec.width
+    for key, value in (("location", "embeddings.bin"), ("offset", 0), ("length", size)):
+        table.external_data.add(key=key, value=str(value))
+    numbers = {"zero": 0, "one": 1, "last": -1}
+    for name, number in numbers.items():
+        graph.initializer.append(numpy_helper.from_array(np.array([number], np.int64), name))
+    graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), "start"))
+    graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), "step"))
+    graph.initializer.append(table)
+    node = helper.make_node
+    front = [
+        node("Gather", ["embeddings", "input_ids"], ["embedded"]),
+        node("Cast", ["embedded"], ["inputs_embeds"], to=TensorProto.FLOAT),
+        node("ReduceSum", ["attention_mask", "one"], ["tokens"], keepdims=0),
+        node("Sub", ["tokens", "one"], ["tokens_less_one"]),
+        node("Cast", ["tokens_less_one"], ["seqlens_k"], to=TensorProto.INT32),
+        node("Squeeze", ["tokens", "zero"], ["total"]),
+        node("Cast", ["total"], ["total_sequence_length"], to=TensorProto.INT32),
+        node("Shape", ["input_ids"], ["shape"]),
+        node("Gather", ["shape", "step"], ["new"]),
+        node("Range", ["start", "new", "step"], ["all_rows"]),
+        node("Identity", ["all_rows" if every else "last"], ["logit_rows"]),
+    ]
+    nodes = [*front, *graph.node]
+    inputs = [
+        *(helper.make_tensor_value_info(name, TensorProto.INT64, [1, name])
+          for name in ("input_ids", "attention_mask")),
+        *(value for value in graph.input if value.name.startswith("past.")),
+    ]  # fmt: skip
+    del graph.node[:], graph.input[:]
+    graph.node.extend(nodes)
+    graph.input.extend(inputs)
+    onnx.save_model(model, str(place / "model.onnx"))
+    config = load_lm(gguf).config
+    decoder = {
+        "session_options": {"intra_op_num_threads": default_threads(), "provider_options": []},
+        "filename": "model.onnx",
+        "head_size": spec.head_dim,
+        "hidden_size": spec.width,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": spec.layers,
+        "num_key_value_heads": spec.kv_heads,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past.%d.key",
+            "past_value_names": "past.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    described = {
+        "type": "llama", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+        "context_length": spec.context, "vocab_size": spec.vocab, "decoder": decoder,
+    }  # fmt: skip
+    search = {"max_length": spec.context, "past_present_share_buffer": True}
+    (place / "genai_config.json").write_text(json.dumps({"model": described, "search": search}))
+
+
 def _export_lm(gguf: Path, place: Path) -> None:
     from tinyalign.export.lm import export_lm, write_embeddings
     from tinyalign.training.lm import load_lm
@@ -252,6 +375,8 @@ def open_peer(name: str, directory: Path, gguf: Path, work: Path) -> Model:
     """The peer of that name."""
     if name == "tinyalign":
         return TinyAlignLm(directory, gguf, work)
+    if name == "genai":
+        return Genai(directory, gguf, work)
     family, _, kind = name.partition(" ")
     if family == "llama.cpp":
         return LlamaCpp(gguf if kind == "Q4_1" else quantized(gguf, work, kind))

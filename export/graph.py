@@ -7,6 +7,7 @@ plain and a block-quantized matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -15,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from tinyalign.export.quantize import BLOCK, quantize
+from tinyalign.export.quantize import BLOCK, Blocks, quantize
 
 Precision = Literal["fp32", "int8", "int4"]
 OPSET, MICROSOFT_OPSET, IR_VERSION = 23, 1, 11
@@ -27,8 +28,12 @@ ALIGNMENT = 4096
 class GraphWriter:
     """Collects the nodes of one graph and writes its weights to `data_file` as they are added."""
 
-    def __init__(self, data_file: BinaryIO, data_name: str) -> None:
-        """`data_name`: the data file's path as the graph, lying in the same directory, names it."""
+    def __init__(
+        self, data_file: BinaryIO, data_name: str, blocks: Mapping[str, Blocks] | None = None
+    ) -> None:
+        """`data_name`: the data file's path as the graph, lying in the same directory, names it.
+        `blocks`: weights of products, by name, that are quantized already."""
+        self.blocks = blocks or {}
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.data_file = data_file
@@ -85,7 +90,7 @@ class GraphWriter:
         """x [..., K] times the transpose of weight [N, K] -> [..., N]."""
         if precision == "fp32":
             return self.node("MatMul", [x, self.weight(f"{name}.weight", weight.T)], name)
-        blocks = quantize(weight, 8 if precision == "int8" else 4)
+        blocks = self.blocks.get(name) or quantize(weight, 8 if precision == "int8" else 4)
         inputs = [
             x,
             self.weight(f"{name}.weight", blocks.packed),

@@ -23,6 +23,7 @@ Another family of models gets its own `*_layer` function here and shares the res
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,24 +37,31 @@ from tinyalign.export.graph import MICROSOFT, GraphWriter, Precision
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tinyalign.export.quantize import Blocks
+
 EMBEDDINGS_NAME = "embeddings.bin"
 
 
 def export_lm(
-    model: LlamaForCausalLM, path: Path, precision: Precision = "int8", context: int = 2048
+    model: LlamaForCausalLM,
+    path: Path,
+    precision: Precision = "int8",
+    context: int = 2048,
+    blocks: Mapping[str, Blocks] | None = None,
 ) -> None:
     """Write `path` (lm.onnx) and `path`.data.
 
     `precision` is that of the weights: "int8" is near-lossless; "int4" keeps an 8-bit head, because
     a 4-bit one costs much quality; "fp32" is exact and takes its tied head from embeddings.bin
     (`write_embeddings`), which must lie beside it before onnxruntime opens the graph.
+    `blocks`: weights that are quantized already (`gptq.calibrate`).
     `context`: the most tokens a cache may hold, i.e. the length of the rotary table.
     """
     config = model.config
     if config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
         raise ValueError("only Llamas without biases and with SiLU can be exported")
     with path.with_name(path.name + ".data").open("wb") as data_file:
-        graph = GraphWriter(data_file, path.name + ".data")
+        graph = GraphWriter(data_file, path.name + ".data", blocks)
         rope = rope_tables(graph, model, context)
         # hidden: what the next layer adds to the residual; None before the first layer
         residual, hidden = "inputs_embeds", None

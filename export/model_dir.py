@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,8 +14,10 @@ import torch
 from transformers import LlamaConfig
 
 from tinyalign.bank import Bank
+from tinyalign.export.calibration import calibration_prompts
 from tinyalign.export.components import export_component
 from tinyalign.export.graph import Precision
+from tinyalign.export.gptq import calibrate
 from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, write_embeddings
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.files import file_entry
@@ -60,7 +63,7 @@ def write_components(
     pictures: Sequence[Picture],
     progress: Callable[[str], None],
 ) -> None:
-    """Write all graphs and tables of the model, without bank and manifest, into a directory.
+    """Write all graphs and tables of the model but its manifest beside the bank in a directory.
 
     `pictures`: two or more, to calibrate a vision encoder in int8 on.
     """
@@ -73,8 +76,12 @@ def write_components(
         precision: Precision = getattr(precisions, name)
         progress(f"{name} ({precision})")
         export_component(name, getattr(parts, name), directory / f"{name}.onnx", example, precision)
+    blocks = None
+    if precisions.lm == "int4":
+        prompts = calibration_prompts(parts, directory / BANK_NAME)
+        blocks = calibrate(copy.deepcopy(parts.lm), prompts, progress)
     progress(f"lm ({precisions.lm})")
-    export_lm(parts.lm, directory / "lm.onnx", precisions.lm, CONTEXT)
+    export_lm(parts.lm, directory / "lm.onnx", precisions.lm, CONTEXT, blocks)
 
 
 def examples(parts: Parts, pictures: Sequence[Picture]) -> dict[str, tuple[torch.Tensor, ...]]:
