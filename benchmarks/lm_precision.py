@@ -26,8 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from tinyalign.export.graph import Precision
-from tinyalign.export.lm import export_lm, write_embeddings
-from tinyalign.export.model_dir import lm_spec
+from tinyalign.export.lm import export_lm, lm_spec, write_embeddings
 from tinyalign.runtime.lm import LanguageModel
 from tinyalign.runtime.loading import open_session
 from tinyalign.training.lm import load_lm, load_tokenizer

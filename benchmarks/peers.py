@@ -21,7 +21,7 @@ beside the peers' decoding of as many tokens in the same round.
 Peers that are not installed are left out and named. To install them:
 
     pip install llama-cpp-python                              (compiles llama.cpp)
-    pip install --no-deps onnxruntime-genai==0.14.1           (reads the graph that is exported here)
+    pip install --no-deps onnxruntime-genai==0.14.1           (reads the same graph)
     pip install -c constraints.txt -e ".[export]"             (torch, optimum)
 
 Results: benchmarks/results/peers.json and docs/peers.png.
@@ -152,11 +152,12 @@ def process_start(name: str, model: Path, gguf: Path, ids: Sequence[int]) -> flo
     started = time.perf_counter()
     if name == "tinyalign":
         command = [sys.executable, "-m", "tinyalign.runtime.cli", "--model", str(model)]
-        subprocess.run(
-            [*command, str(PICTURE), "What is this?", "--max-tokens", "1"],
-            check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        return time.perf_counter() - started
+        asked = [*command, str(PICTURE), "What is this?", "--max-tokens", "1"]
+        with subprocess.Popen(asked, stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            if not process.stdout.read(1):
+                raise RuntimeError("tinyalign-infer gave no answer")
+            return time.perf_counter() - started
     worker = Worker(name, model, gguf)
     worker.ask("prefill", ids=list(ids))
     seconds = time.perf_counter() - started

@@ -2,8 +2,9 @@
 
 torch's exporter (the torch.export one) writes each graph with a free first axis. What it leaves is
 then changed in two ways, both on the graph itself: notes about the source code are dropped, and the
-weights are quantized if asked for: constant factors of matrix products to blocks of 8 or 4 bits.
-The vision encoder is nearly all convolutions:
+weights are quantized if asked for: constant factors of matrix products to blocks of 8 or 4 bits,
+or all large ones stored as fp16.
+A vision encoder that is nearly all convolutions is another matter:
 onnxruntime's own quantizer takes it to 8 bits, activations too, calibrated on real pictures.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -30,12 +32,12 @@ from onnxruntime.quantization import (
 )
 from torch import Tensor, nn
 
-from tinyalign.export.graph import MICROSOFT, MICROSOFT_OPSET, Precision
+from tinyalign.export.graph import MICROSOFT, MICROSOFT_OPSET
+from tinyalign.export.half import SMALLEST, halve
 from tinyalign.export.quantize import BLOCK, Bits, quantize
+from tinyalign.runtime.manifest import Precision
 
 OPSET = 20
-SMALLEST = 4096
-"""Weights with fewer numbers than this stay float32: nothing to gain."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Signature:
 SIGNATURES = {
     "vision": Signature(("pixels",), ("cells",)),
     "connector": Signature(("cells",), ("image_tokens", "token_ids")),
+    "projector": Signature(("cells",), ("image_tokens",)),  # a connector that knows no words
     "compressor": Signature(("token_embeddings", "members", "cells"), ("latents",)),
     "rag_connector": Signature(("latents",), ("memory_tokens", "keep"), axis="K"),
 }
@@ -76,21 +79,24 @@ def export_component(
         name: one of `SIGNATURES`.
         module: the part in eval mode.
         path: the graph's file; large weights go to `path`.data.
-        example: inputs of 2 or more rows: the exporter follows the first two, and the vision
-            encoder in int8 is calibrated on all of them.
-        precision: of the weights; "fp32" or "int8" for the vision encoder.
+        example: inputs of 2 or more rows: the exporter follows the first two, and a convolutional
+            vision encoder in int8 is calibrated on all of them.
+        precision: of the weights; no "int4" for a convolutional vision encoder.
     """
     module = with_plain_buffers(module)
     model = trace(Whole(module), tuple(value[:2] for value in example), SIGNATURES[name])
-    if precision != "fp32" and name != "vision":
+    convolutional = of_convolutions(model)
+    if precision in ("int8", "int4") and not convolutional:
         quantize_products(model, 8 if precision == "int8" else 4)
     drop_unused(model)
-    if precision != "fp32" and name == "vision":
+    if precision == "int8" and convolutional:
         model = quantize_network(model, SIGNATURES[name].inputs[0], example[0])
     # Weights beside the graph are mapped; within it they would be copied twice on loading.
     data = path.with_name(f"{path.name}.data")
     data.unlink(missing_ok=True)
     onnx.save_model(model, path, save_as_external_data=True, location=data.name)
+    if precision == "fp16":
+        halve(path)
     onnx.checker.check_model(str(path))
 
 
@@ -137,6 +143,18 @@ def trace(module: nn.Module, example: tuple[Tensor, ...], signature: Signature) 
             value.type.tensor_type.shape.dim[0].dim_param = signature.axis
             target.append(value)
     return bare
+
+
+def of_convolutions(model: onnx.ModelProto) -> bool:
+    """Whether more of a graph's weights are in convolutions than in matrix products."""
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    counts = {"Conv": 0, "MatMul": 0, "Gemm": 0}
+    for node in model.graph.node:
+        if node.op_type == "Transpose":  # of a constant factor
+            sizes[node.output[0]] = sizes.get(node.input[0], 0)
+        if node.op_type in counts:
+            counts[node.op_type] += sizes.get(node.input[1], 0)
+    return counts["Conv"] > counts["MatMul"] + counts["Gemm"]
 
 
 def quantize_products(model: onnx.ModelProto, bits: Bits) -> None:

@@ -11,15 +11,18 @@ wants transformers 5, neural-compressor asks a model hub for every model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from tinyalign.export.quantize import BLOCK, Blocks, asymmetric_4, dequantize, pack_4, quantize
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal of a hessian
 
+CALIBRATED = ("llama", "qwen2", "qwen3")
+"""Families whose layers are built alike; the weights of others are rounded to the nearest."""
 PRODUCTS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -31,7 +34,7 @@ PRODUCTS = {
 
 @torch.inference_mode()
 def calibrate(
-    model: LlamaForCausalLM, prompts: Sequence[Tensor], progress: Callable[[str], None]
+    model: PreTrainedModel, prompts: Sequence[Tensor], progress: Callable[[str], None]
 ) -> dict[str, Blocks]:
     """4-bit weights for all products of all layers, by their names in the graph.
 
@@ -47,12 +50,13 @@ def calibrate(
     for number, layer in enumerate(model.model.layers):
         progress(f"calibrating layer {number + 1} of {len(model.model.layers)}")
         for product, names in PRODUCTS.items():
-            modules = [layer.get_submodule(name) for name in names]
+            modules: list[Any] = [layer.get_submodule(name) for name in names]
             moments = second_moments(model, layer, modules[0], hidden)
             weight = torch.cat([module.weight for module in modules])  # [N, K]
             found = quantize_calibrated(weight, moments)
             blocks[f"layer.{number}.{product}"] = found
-            parts = torch.from_numpy(dequantize(found)).split([len(m.weight) for m in modules])
+            rows = [module.out_features for module in modules]
+            parts = torch.split(torch.from_numpy(dequantize(found)), rows)
             for module, part in zip(modules, parts, strict=True):
                 module.weight.copy_(part)
         hidden = [run_layer(model, layer, rows) for rows in hidden]
@@ -60,7 +64,7 @@ def calibrate(
 
 
 def second_moments(
-    model: LlamaForCausalLM, layer: nn.Module, module: nn.Linear, prompts: Sequence[Tensor]
+    model: PreTrainedModel, layer: nn.Module, module: nn.Linear, prompts: Sequence[Tensor]
 ) -> Tensor:
     """The sum of x xT [K, K] over a module's inputs x while a layer reads the prompts."""
     total = torch.zeros(2 * [module.in_features])
@@ -78,11 +82,12 @@ def second_moments(
     return total
 
 
-def run_layer(model: LlamaForCausalLM, layer: nn.Module, rows: Tensor) -> Tensor:
+def run_layer(model: PreTrainedModel, layer: nn.Module, rows: Tensor) -> Tensor:
     """One decoder layer over a prompt [1, N, D]."""
     places = torch.arange(rows.shape[1])[None]
     result = layer(rows, position_embeddings=model.model.rotary_emb(rows, places))
-    return result[0] if isinstance(result, tuple) else result
+    states: Tensor = result[0] if isinstance(result, tuple) else result
+    return states
 
 
 def quantize_calibrated(weight: Tensor, hessian: Tensor) -> Blocks:

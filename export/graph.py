@@ -86,11 +86,27 @@ class GraphWriter:
         self.initializers.append(tensor)
         return name
 
-    def matmul(self, x: str, weight: NDArray[np.float32], name: str, precision: Precision) -> str:
-        """x [..., K] times the transpose of weight [N, K] -> [..., N]."""
+    def matmul(
+        self,
+        x: str,
+        weight: NDArray[np.float32],
+        name: str,
+        precision: Precision,
+        bias: NDArray[np.float32] | None = None,
+    ) -> str:
+        """x [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N]."""
+        output = name if bias is None else f"{name}.product"
         if precision == "fp32":
-            return self.node("MatMul", [x, self.weight(f"{name}.weight", weight.T)], name)
-        blocks = self.blocks.get(name) or quantize(weight, 8 if precision == "int8" else 4)
+            self.node("MatMul", [x, self.weight(f"{name}.weight", weight.T)], output)
+        else:
+            blocks = self.blocks.get(name) or quantize(weight, 8 if precision == "int8" else 4)
+            self.quantized_product(x, blocks, name, output)
+        if bias is not None:
+            self.node("Add", [output, self.weight(f"{name}.bias", bias)], name)
+        return name
+
+    def quantized_product(self, x: str, blocks: Blocks, name: str, output: str) -> None:
+        """Add x [..., K] times a quantized weight [N, K] -> output [..., N]."""
         inputs = [
             x,
             self.weight(f"{name}.weight", blocks.packed),
@@ -98,10 +114,10 @@ class GraphWriter:
         ]
         if blocks.zero_points is not None:
             inputs.append(self.weight(f"{name}.zero_points", blocks.zero_points))
-        return self.node(
+        self.node(
             "MatMulNBits",
             inputs,
-            name,
+            output,
             MICROSOFT,
             N=blocks.rows,
             K=blocks.columns,

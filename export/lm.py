@@ -1,7 +1,7 @@
-"""A Llama as one ONNX graph of few, fused operators, for onnxruntime on a CPU.
+"""A language model as one ONNX graph of few, fused operators, for onnxruntime on a CPU.
 
 Generic exporters give thousands of nodes and copy the key/value cache every step. This graph is
-built node by node instead, one operator for each big piece of a decoder layer:
+built node by node instead, one operator for each big piece of a decoder layer; a Llama's is
 
     normalize ─ MatMul(q,k,v) ─ GroupQueryAttention ─ MatMul(o) ─ add + normalize
       ─ MatMul(gate,up) ─ SiLU · ─ MatMul(down) ─ add + normalize of the next layer
@@ -18,7 +18,10 @@ Inputs   inputs_embeds          f32 [1, N, D]     new tokens, already embedded
 Outputs  logits                 f32 [1, R, V]
          present.{i}.key, .value, shaped as past
 
-Another family of models gets its own `*_layer` function here and shares the rest.
+`inputs_embeds` means what it means for the same model in transformers, so that image tokens made
+for one fit the other. `write_embeddings` writes the rows to feed for the vocabulary's tokens.
+
+What a layer does in each family of models is in lm_families.py, its pieces are in lm_layers.py.
 """
 
 from __future__ import annotations
@@ -30,9 +33,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from onnx import TensorProto, helper
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PretrainedConfig, PreTrainedModel
 
-from tinyalign.export.graph import MICROSOFT, GraphWriter, Precision
+from tinyalign.export.graph import GraphWriter, Precision
+from tinyalign.export.lm_families import (
+    LAYERS,
+    check_exportable,
+    decoder_of,
+    embedding_scale,
+    final_norm,
+    first_residual,
+    window,
+)
+from tinyalign.export.lm_layers import (
+    Layer,
+    add_and_normalize,
+    head_dim,
+    kv_heads,
+    product,
+    rope_tables,
+    weights_of,
+)
+from tinyalign.runtime.errors import InputError
+from tinyalign.runtime.manifest import LmSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,7 +66,7 @@ EMBEDDINGS_NAME = "embeddings.bin"
 
 
 def export_lm(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     path: Path,
     precision: Precision = "int8",
     context: int = 2048,
@@ -51,137 +74,85 @@ def export_lm(
 ) -> None:
     """Write `path` (lm.onnx) and `path`.data.
 
+    `model`: a causal language model of one of the types in `lm_families.LAYERS`.
     `precision` is that of the weights: "int8" is near-lossless; "int4" keeps an 8-bit head, because
     a 4-bit one costs much quality; "fp32" is exact and takes its tied head from embeddings.bin
     (`write_embeddings`), which must lie beside it before onnxruntime opens the graph.
+    `context`: the most tokens a cache may hold, i.e. the length of the tables of positions.
     `blocks`: weights that are quantized already (`gptq.calibrate`).
-    `context`: the most tokens a cache may hold, i.e. the length of the rotary table.
+
+    Raises InputError for a model that the graph cannot express.
     """
     config = model.config
-    if config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
-        raise ValueError("only Llamas without biases and with SiLU can be exported")
+    check_exportable(config, context)
     with path.with_name(path.name + ".data").open("wb") as data_file:
         graph = GraphWriter(data_file, path.name + ".data", blocks)
-        rope = rope_tables(graph, model, context)
+        ropes = all_rope_tables(graph, model, context)
         # hidden: what the next layer adds to the residual; None before the first layer
-        residual, hidden = "inputs_embeds", None
-        for i in range(config.num_hidden_layers):
-            last = i == config.num_hidden_layers - 1
-            residual, hidden = llama_layer(graph, model, i, residual, hidden, rope, precision, last)
-        final = add_and_normalize(
-            graph, residual, hidden, weights_of(model.model.norm), "norm", config.rms_norm_eps
-        )[1]
+        residual, hidden = first_residual(graph, model, context), None
+        for i, module in enumerate(decoder_of(model).layers):
+            seen = window(config, i)
+            layer = Layer(
+                module,
+                i,
+                config,
+                rope=ropes.get("rope.local" if seen else "rope", ropes.get("rope")),
+                window=seen if seen is not None and seen < context else None,
+                precision=precision,
+                last=i == config.num_hidden_layers - 1,
+            )
+            residual, hidden = LAYERS[config.model_type](graph, layer, residual, hidden)
+        final = add_and_normalize(graph, residual, hidden, final_norm(model), "norm")[1]
         head(graph, model, final, precision)
         inputs, outputs = signature(config)
         graph.save(path, inputs, outputs, check=precision != "fp32")
 
 
-def llama_layer(
-    graph: GraphWriter,
-    model: LlamaForCausalLM,
-    i: int,
-    residual: str,
-    hidden: str | None,
-    rope: tuple[str, str],
-    precision: Precision,
-    last: bool,
-) -> tuple[str, str]:
-    """Add layer `i`; the new residual and hidden values, both [1, N, D] ([1, R, D] if `last`)."""
-    config, layer, name = model.config, model.model.layers[i], f"layer.{i}"
-    eps = config.rms_norm_eps
-    residual, x = add_and_normalize(
-        graph, residual, hidden, weights_of(layer.input_layernorm), f"{name}.attention_norm", eps
-    )
-    attention = layer.self_attn
-    qkv = np.concatenate(
-        [weights_of(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    )
-    qkv_out = graph.matmul(x, qkv, f"{name}.qkv", precision)  # [1, N, (H + 2 Hkv) hd]
-    x = graph.node_many(
-        "GroupQueryAttention",
-        [
-            qkv_out,
-            "",
-            "",
-            f"past.{i}.key",
-            f"past.{i}.value",
-            "seqlens_k",
-            "total_sequence_length",
-            *rope,
-        ],
-        [f"{name}.attention", f"present.{i}.key", f"present.{i}.value"],
-        MICROSOFT,
-        num_heads=config.num_attention_heads,
-        kv_num_heads=config.num_key_value_heads,
-        do_rotary=1,
-        scale=float(attention.scaling),
-    )[0]  # [1, N, H hd]
-    if last:
-        x = graph.node("Gather", [x, "logit_rows"], "attention_rows", axis=1)  # [1, R, H hd]
-        residual = graph.node("Gather", [residual, "logit_rows"], "residual_rows", axis=1)
-    x = graph.matmul(x, weights_of(attention.o_proj), f"{name}.o", precision)
-    residual, x = add_and_normalize(
-        graph, residual, x, weights_of(layer.post_attention_layernorm), f"{name}.mlp_norm", eps
-    )
-    gate_up = np.concatenate([weights_of(layer.mlp.gate_proj), weights_of(layer.mlp.up_proj)])
-    both = graph.matmul(x, gate_up, f"{name}.gate_up", precision)  # [1, N, 2F]
-    gate, up = graph.node_many(
-        "Split", [both], [f"{name}.gate", f"{name}.up"], axis=-1, num_outputs=2
-    )
-    silu = graph.node("QuickGelu", [gate], f"{name}.silu", MICROSOFT, alpha=1.0)
-    x = graph.node("Mul", [silu, up], f"{name}.mlp")
-    return residual, graph.matmul(x, weights_of(layer.mlp.down_proj), f"{name}.down", precision)
+def all_rope_tables(
+    graph: GraphWriter, model: PreTrainedModel, context: int
+) -> dict[str, tuple[str, str]]:
+    """The tables of a model's rotary embeddings: none (OPT), one, or two (Gemma 3, whose layers
+    with a window have their own)."""
+    modules = {"rope": "rotary_emb", "rope.local": "rotary_emb_local"}
+    decoder = decoder_of(model)
+    return {
+        name: rope_tables(graph, getattr(decoder, module), context, name)
+        for name, module in modules.items()
+        if hasattr(decoder, module)
+    }
 
 
-def add_and_normalize(
-    graph: GraphWriter,
-    residual: str,
-    hidden: str | None,
-    weight: NDArray[np.float32],
-    name: str,
-    eps: float,
-) -> tuple[str, str]:
-    """The sum of residual and hidden, and its RMS-normalized form times weight [D]."""
-    gamma = graph.weight(f"{name}.weight", weight)
-    if hidden is None:
-        normal = graph.node("RMSNormalization", [residual, gamma], name, epsilon=eps, axis=-1)
-        return residual, normal
-    outputs = [name, "", "", f"{name}.sum"]
-    graph.node_many(
-        "SkipSimplifiedLayerNormalization",
-        [residual, hidden, gamma],
-        outputs,
-        MICROSOFT,
-        epsilon=eps,
-    )
-    return outputs[3], outputs[0]
-
-
-def rope_tables(graph: GraphWriter, model: LlamaForCausalLM, context: int) -> tuple[str, str]:
-    """Cosines and sines [context, hd / 2] from the model's own rotary embedding."""
-    positions = torch.arange(context)[None]
-    with torch.inference_mode():
-        tables = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
-    half = model.config.head_dim // 2  # transformers repeats the table for both halves of a head
-    cos, sin = (table[0, :, :half].contiguous().numpy() for table in tables)
-    return graph.weight("rope.cos", cos), graph.weight("rope.sin", sin)
-
-
-def head(graph: GraphWriter, model: LlamaForCausalLM, x: str, precision: Precision) -> None:
+def head(graph: GraphWriter, model: PreTrainedModel, x: str, precision: Precision) -> None:
     """Add logits [1, R, V] from normalized rows x [1, R, D]."""
-    weight = weights_of(model.lm_head)  # [V, D]
+    config, linear = model.config, model.lm_head
+    cap = getattr(config, "final_logit_softcapping", None)
+    name = "logits" if cap is None else "logits.uncapped"
     if precision != "fp32":
-        graph.matmul(x, weight, "logits", "int8")
-    elif model.config.tie_word_embeddings:
-        half = graph.external("embeddings", np.dtype(np.float16), weight.shape, EMBEDDINGS_NAME)
-        table = graph.node("Cast", [half], "embeddings.fp32", to=TensorProto.FLOAT)
-        turned = graph.node("Transpose", [table], "head.weight", perm=[1, 0])  # [D, V]
-        graph.node("MatMul", [x, turned], "logits")
+        product(graph, x, [linear], name, "int8")
+    elif config.tie_word_embeddings and linear.bias is None:
+        tied_head(graph, model, x, name)
     else:
-        graph.matmul(x, weight, "logits", precision)
+        product(graph, x, [linear], name, precision)
+    if cap is not None:
+        limit = graph.weight("logits.cap", np.array(cap, np.float32))
+        x = graph.node("Div", [name, limit], "logits.share")
+        x = graph.node("Tanh", [x], "logits.bent")
+        graph.node("Mul", [x, limit], "logits")
 
 
-def signature(config: LlamaConfig) -> tuple[list[Any], list[Any]]:
+def tied_head(graph: GraphWriter, model: PreTrainedModel, x: str, name: str) -> None:
+    """Add the product of x [1, R, D] and the table in embeddings.bin."""
+    shape = weights_of(model.lm_head).shape  # [V, D]
+    half = graph.external("embeddings", np.dtype(np.float16), shape, EMBEDDINGS_NAME)
+    table = graph.node("Cast", [half], "embeddings.fp32", to=TensorProto.FLOAT)
+    turned = graph.node("Transpose", [table], "head.weight", perm=[1, 0])  # [D, V]
+    if (scale := embedding_scale(model)) != 1:
+        factor = graph.weight("head.scale", np.array(1 / scale, np.float32))
+        x = graph.node("Mul", [x, factor], "norm.scaled")
+    graph.node("MatMul", [x, turned], name)
+
+
+def signature(config: PretrainedConfig) -> tuple[list[Any], list[Any]]:
     """Inputs and outputs of the graph, as in this module's description."""
     value = helper.make_tensor_value_info
     inputs = [
@@ -191,7 +162,7 @@ def signature(config: LlamaConfig) -> tuple[list[Any], list[Any]]:
         value("logit_rows", TensorProto.INT64, ["R"]),
     ]
     outputs = [value("logits", TensorProto.FLOAT, [1, "R", config.vocab_size])]
-    cache = [1, config.num_key_value_heads, "capacity", config.head_dim]
+    cache: list[str | int | None] = [1, kv_heads(config), "capacity", head_dim(config)]
     for i in range(config.num_hidden_layers):
         for part in ("key", "value"):
             inputs.append(value(f"past.{i}.{part}", TensorProto.FLOAT, cache))
@@ -199,14 +170,40 @@ def signature(config: LlamaConfig) -> tuple[list[Any], list[Any]]:
     return inputs, outputs
 
 
-def write_embeddings(model: LlamaForCausalLM, path: Path) -> None:
-    """Write the token embeddings [V, D] as raw little-endian float16."""
-    path.write_bytes(weights_of(model.model.embed_tokens).astype("<f2").tobytes())
+def lm_spec(config: PretrainedConfig, context: int) -> LmSpec:
+    """The manifest's description of a language model exported for `context` tokens."""
+    return LmSpec(
+        vocab=config.vocab_size,
+        width=config.hidden_size,
+        layers=config.num_hidden_layers,
+        kv_heads=kv_heads(config),
+        head_dim=head_dim(config),
+        context=context,
+    )
 
 
-def weights_of(module: torch.nn.Module) -> NDArray[np.float32]:
-    """The weight of a Linear, norm or embedding as float32 array, not copied if it is that."""
-    weight = module.weight
+def write_embeddings(model: PreTrainedModel, path: Path) -> None:
+    """Write the rows of inputs_embeds for all tokens [V, D] as raw little-endian float16.
+
+    Raises InputError where float16 cannot hold one.
+    """
+    with np.errstate(over="ignore"):
+        table = embedding_rows(model).astype("<f2")
+    if not np.isfinite(table).all():
+        raise InputError("token embeddings beyond 65504 do not fit into embeddings.bin (float16)")
+    path.write_bytes(table.tobytes())
+
+
+def embedding_rows(model: PreTrainedModel) -> NDArray[np.float32]:
+    """The rows of inputs_embeds for all tokens [V, D], as transformers makes them."""
+    rows, scale = weights_of(model.get_input_embeddings()), embedding_scale(model)
+    return rows if scale == 1 else rows * np.float32(scale)
+
+
+def round_embeddings(model: PreTrainedModel) -> None:
+    """Change a model's token embeddings into those that embeddings.bin holds, rounded to float16,
+    so that the runtime and torch agree on them to the last bit (a tied head changes along)."""
+    weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
-    array: NDArray[np.float32] = weight.detach().float().numpy()
-    return array
+    scale = embedding_scale(model)
+    weight.data = ((weight.data.float() * scale).half().float() / scale).to(weight.dtype)

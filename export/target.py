@@ -102,7 +102,10 @@ def exchange(one: Path, other: Path) -> bool:
 
 def sync_files(directory: Path) -> None:
     """Wait until the files of a directory, and the directory, are on the disk."""
-    for path in directory.iterdir():
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_directory(directory)

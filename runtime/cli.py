@@ -121,6 +121,14 @@ def parser() -> argparse.ArgumentParser:
     answer.add_argument(
         "--threads", metavar="N", type=int, help="CPU threads (default: all this process may use)"
     )
+    answer.add_argument(
+        "--provider",
+        metavar="NAME",
+        default="cpu",
+        help="execution provider of onnxruntime: cpu, cuda, coreml, directml, openvino, qnn, "
+        "xnnpack or another that is installed; says on stderr what ran on the CPU all the same "
+        "(default: cpu)",
+    )
     return p
 
 
@@ -175,7 +183,9 @@ def answer(arguments: argparse.Namespace) -> int | None:
 
     from tinyalign.runtime.loading import start_loading
 
-    loading = start_loading(arguments.model, arguments.threads)  # while the rest is imported
+    provider = arguments.provider
+    # it goes on while the rest is imported
+    loading = start_loading(arguments.model, arguments.threads, provider=provider)
 
     from tinyalign.runtime.model import TinyAlign
 
@@ -193,6 +203,11 @@ def answer(arguments: argparse.Namespace) -> int | None:
         "seed": arguments.seed,
     }
     with TinyAlign.load(loading, banks=banks) as model:
+        if provider != "cpu":
+            from tinyalign.runtime.providers import placement_lines
+
+            for line in placement_lines(model.parts.sessions, provider):
+                print(f"tinyalign-infer: {line}", file=sys.stderr)
         if asked is not None:
             output = Path(arguments.output) if arguments.output else None
             failed = batch.answer_file(

@@ -66,8 +66,10 @@ class LanguageModel:
         expected |= {f"past.{name}" for name in _buffer_names(spec)}
         if {node.name for node in session.get_inputs()} != expected:
             raise ModelError("lm.onnx has other inputs than its manifest says")
-        self._session = session
+        self.session = session
         self._spec = spec
+        # Any other provider may copy an input when it is bound, and never see it change.
+        self._bind_anew = session.get_providers()[0] != "CPUExecutionProvider"
 
     def new_state(self, tokens: int) -> LmState:
         """An empty cache with room for ``tokens`` tokens, rounded up to a multiple of 64."""
@@ -97,7 +99,9 @@ class LanguageModel:
         run.rows[:] = [row % count for row in rows]
         run.last[0] = state.length + count - 1
         run.total[...] = state.length + count
-        self._session.run_with_iobinding(run.binding)
+        if self._bind_anew:
+            _bind_inputs(run, state)
+        self.session.run_with_iobinding(run.binding)
         state.length += count
         logits: Floats = run.logits[0]
         return logits
@@ -106,7 +110,7 @@ class LanguageModel:
         """A run of ``count`` tokens with ``rows`` rows of logits on the buffers of ``state``."""
         spec = self._spec
         run = _Run(
-            self._session.io_binding(),
+            self.session.io_binding(),
             embeddings=np.zeros((1, count, spec.width), np.float32),
             rows=np.zeros(rows, np.int64),
             last=np.zeros(1, np.int32),
@@ -115,15 +119,20 @@ class LanguageModel:
             if rows <= KEPT
             else np.zeros((1, rows, spec.vocab), np.float32),
         )
-        run.binding.bind_ortvalue_input("inputs_embeds", _value(run.embeddings))
-        run.binding.bind_ortvalue_input("logit_rows", _value(run.rows))
-        run.binding.bind_ortvalue_input("seqlens_k", _value(run.last))
-        run.binding.bind_ortvalue_input("total_sequence_length", _value(run.total))
+        _bind_inputs(run, state)
         run.binding.bind_ortvalue_output("logits", _value(run.logits))
         for name, buffer in state.buffers.items():
-            run.binding.bind_ortvalue_input(f"past.{name}", buffer)
             run.binding.bind_ortvalue_output(f"present.{name}", buffer)
         return run
+
+
+def _bind_inputs(run: _Run, state: LmState) -> None:
+    run.binding.bind_ortvalue_input("inputs_embeds", _value(run.embeddings))
+    run.binding.bind_ortvalue_input("logit_rows", _value(run.rows))
+    run.binding.bind_ortvalue_input("seqlens_k", _value(run.last))
+    run.binding.bind_ortvalue_input("total_sequence_length", _value(run.total))
+    for name, buffer in state.buffers.items():
+        run.binding.bind_ortvalue_input(f"past.{name}", buffer)
 
 
 def _buffer_names(spec: LmSpec) -> list[str]:

@@ -15,16 +15,20 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from tinyalign.runtime.errors import ModelError
+from tinyalign.runtime.errors import InputError, ModelError
 
-FORMAT = 2  # 2: latents of chunks, memory modes, copy bonus
+# 2: latents of chunks, memory modes, copy bonus. 3: pictures are scaled by channel and may be
+# cropped, so that other encoders get what they were trained on; a model need not have a memory.
+FORMAT = 3
 MANIFEST_NAME = "tinyalign.json"
+NEXT_TOKENS = "next_tokens.bin"  # u32 [V], what most often follows each token; need not be there
 MAX_MANIFEST_BYTES = 4 << 20
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 # As what the language model reads a retrieved memory: at most as many tokens as there are chunks,
 # made from its latents; all tokens of its text; or the one after the other.
 MemoryMode = Literal["latent", "text", "both"]
+Resample = Literal["bilinear", "bicubic", "lanczos"]
 T = TypeVar("T")
 
 
@@ -39,13 +43,20 @@ class Licence:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """How a picture becomes the vision encoder's input: ``(rgb - mean) / scale`` of all of it."""
+    """How a picture becomes the vision encoder's input: fitted to size x size pixels, then
+    ``(rgb - mean) / scale`` for each channel, on numbers 0..255.
 
-    size: int = 260  # the picture is squashed to size x size, never cropped
-    mean: float = 127.0
-    scale: float = 128.0
-    resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    ``squash``: all of the picture is resized to size x size. ``crop``: its shortest edge is resized
+    to ``resize`` pixels, the other one in proportion, and the centre is cut out.
+    """
+
+    size: int = 260
+    mean: tuple[float, float, float] = (127.0, 127.0, 127.0)
+    scale: tuple[float, float, float] = (128.0, 128.0, 128.0)
+    resample: Resample = "bicubic"
     background: tuple[int, int, int] = (255, 255, 255)  # under transparent pixels
+    fit: Literal["squash", "crop"] = "squash"
+    resize: int | None = None  # "crop" only, not below size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +69,13 @@ class VisionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorSpec:
-    """The connector's output: ``tokens`` image tokens of the LM's width."""
+    """The connector's output: ``tokens`` image tokens of the LM's width.
+
+    ``words``: each of them is a mixture of words, of which the likeliest one is given as well.
+    """
 
     tokens: int
+    words: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +161,8 @@ class Manifest:
     image: ImageSpec
     vision: VisionSpec
     connector: ConnectorSpec
-    compressor: CompressorSpec
-    rag_connector: RagConnectorSpec
+    compressor: CompressorSpec | None  # None: the model has no memory, nor a key recipe or a bank
+    rag_connector: RagConnectorSpec | None
     lm: LmSpec
     precisions: dict[str, Precision]
     prompt: PromptSpec
@@ -173,6 +188,15 @@ class Manifest:
         manifest = from_dict(Manifest, data)
         _check_values(manifest)
         return manifest
+
+    @property
+    def memory(self) -> CompressorSpec:
+        """The shapes of a memory; raises InputError for a model that has none."""
+        if self.compressor is None:
+            raise InputError(
+                f"the model {self.name} has no memory: it answers without, and cannot be taught"
+            )
+        return self.compressor
 
     def file(self, path: str) -> FileEntry:
         """The entry of one file; raises ModelError if the manifest does not list it."""
@@ -232,14 +256,16 @@ def _check_values(m: Manifest) -> None:
         "connector.tokens": m.connector.tokens,
         "prompt.top_k": m.prompt.top_k,
         **{f"{name}.{key}": value for name, spec in (("compressor", m.compressor), ("lm", m.lm))
-           for key, value in dataclasses.asdict(spec).items()},
-        "rag_connector.tokens": m.rag_connector.tokens,
+           if spec is not None for key, value in dataclasses.asdict(spec).items()},
     }  # fmt: skip
+    if m.rag_connector is not None:
+        sizes["rag_connector.tokens"] = m.rag_connector.tokens
+    if (m.compressor is None) != (m.rag_connector is None):
+        raise ModelError(f"{MANIFEST_NAME}: a model has compressor and rag_connector, or neither")
     for key, size in sizes.items():
         if not 0 < size < 1 << 31:
             raise ModelError(f"{MANIFEST_NAME}: {key} is {size}")
-    if m.image.size > 4096 or m.image.scale == 0:
-        raise ModelError(f"{MANIFEST_NAME}: image has size {m.image.size}, scale {m.image.scale}")
+    _check_image(m.image)
     slots = [piece for piece in m.prompt.image if isinstance(piece, int)]
     if any(count < 1 for count in slots) or sum(slots) != m.connector.tokens:
         raise ModelError(
@@ -256,6 +282,20 @@ def _check_values(m: Manifest) -> None:
         _check_entry(entry)
     if len({entry.path for entry in m.files}) != len(m.files):
         raise ModelError(f"{MANIFEST_NAME}: a file is listed twice")
+
+
+def _check_image(image: ImageSpec) -> None:
+    if image.size > 4096:
+        raise ModelError(f"{MANIFEST_NAME}: image.size is {image.size}")
+    if not all(map(math.isfinite, image.mean + image.scale)) or 0 in image.scale:
+        raise ModelError(f"{MANIFEST_NAME}: image has mean {image.mean}, scale {image.scale}")
+    fits = image.resize is None
+    if image.fit == "crop":
+        fits = image.resize is not None and image.size <= image.resize <= 8192
+    if not fits:
+        raise ModelError(
+            f"{MANIFEST_NAME}: image has fit {image.fit}, resize {image.resize}, size {image.size}"
+        )
 
 
 def _check_entry(entry: FileEntry) -> None:
@@ -298,6 +338,8 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return value
     if origin is types.UnionType and type(value) in arguments:
         return value
+    if origin is types.UnionType and dataclasses.is_dataclass(arguments[0]):
+        return from_dict(typing.cast(type, arguments[0]), value, where)
     if hint is float and type(value) in (int, float):
         return float(value)  # type: ignore[arg-type]
     if type(value) is hint:

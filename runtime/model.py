@@ -43,6 +43,7 @@ from tinyalign.runtime.loading import (
     Loading,
     Parts,
     finish_loading,
+    graph_path,
     open_session,
     start_loading,
 )
@@ -90,6 +91,7 @@ class TinyAlign:
         threads: int | None = None,
         banks: Sequence[str | Path] | None = None,
         lm: bool = True,
+        provider: str = "cpu",
     ) -> TinyAlign:
         """Open a model directory ($TINYALIGN_MODEL or the cache's, if none is named), or go on with
         one that ``start_loading`` began to open.
@@ -98,12 +100,14 @@ class TinyAlign:
         addresses in Qdrant ("qdrant://host:port/collection"), that replace the model's own, which
         is called "default"; an empty list means none.
         Without ``lm`` the language model is opened at the first question only: teaching needs none.
-        Raises ModelError or BankError with one clear line.
+        ``provider`` is the one of onnxruntime that runs the graphs, such as "cuda" or "coreml"; the
+        CPU runs what it has no kernels for (``placement_lines`` tells). Raises ModelError,
+        BankError or InputError with one clear line.
         """
-        loading = path if isinstance(path, Loading) else start_loading(path, threads, lm)
+        loading = path if isinstance(path, Loading) else start_loading(path, threads, lm, provider)
         parts = finish_loading(loading, lm)
         with ExitStack() as opened:
-            names = ["default"] if banks is None else banks
+            names = (["default"] if parts.memory else []) if banks is None else banks
             open_banks = [opened.enter_context(_open_bank(parts, name)) for name in names]
             opened.pop_all()
         return cls(parts, open_banks, _ms(loading.started))
@@ -312,7 +316,7 @@ class TinyAlign:
 
     def check_text(self, text: str) -> tuple[int, ...]:
         """The tokens of a memory's text; InputError if it is empty or the compressor's too long."""
-        limit = self._parts.manifest.compressor.max_text_tokens
+        limit = self._parts.manifest.memory.max_text_tokens
         ids = encode_text(self._parts.tokenizer, valid_text(text, "text").strip())
         if not ids:
             raise InputError("the text is empty: a memory needs a text")
@@ -353,18 +357,19 @@ class TinyAlign:
         pixels = np.stack([normalise(p, spec) for p in pictures.values()])  # [B, 3, S, S]
         cells = _run(parts.vision, ["cells"], pixels=pixels)[0]
         cells.flags.writeable = False
-        encoded = []
+        encoded, words = [], parts.manifest.connector.words
         for name, one in zip(pictures, cells, strict=True):
             # One by one: the int8 connector rounds one row otherwise than several.
-            outputs = ["image_tokens", "token_ids"]
-            (tokens,), (ids,) = _run(parts.connector, outputs, cells=one[None])
+            outputs = ["image_tokens", "token_ids"][: 1 + words]
+            (tokens,), *rest = _run(parts.connector, outputs, cells=one[None])
+            ids = rest[0][0] if words else np.zeros(0, np.int64)
             tokens.flags.writeable = ids.flags.writeable = False
             encoded.append(EncodedPicture(one, tokens, ids, name, self._model_id))
         return encoded
 
     def _compress(self, text: str, cells: Floats) -> Floats:
         """Latents f32 [l, d] of a text and cells [C, Dv], without the unused rest."""
-        parts, spec = self._parts, self._parts.manifest.compressor
+        parts, spec = self._parts, self._parts.manifest.memory
         width = parts.manifest.lm.width
         read = self._read_memory(text)
         words = np.zeros((1, spec.max_text_tokens, width), np.float32)  # [1, N, D]
@@ -374,15 +379,15 @@ class TinyAlign:
             row[span.start : span.stop] = 1
         with self._opening:
             if self._compressor is None:
-                path = parts.directory / "compressor.onnx"
-                self._compressor = open_session(path, parts.threads)
+                path = graph_path(parts.directory, parts.manifest, "compressor")
+                self._compressor = open_session(path, parts.threads, provider=parts.provider)
         inputs = {"token_embeddings": words, "members": members, "cells": cells[None]}
         latents: Floats = _run(self._compressor, ["latents"], **inputs)[0][0]
         return latents[: 1 + len(read.chunks)]
 
     def _read_memory(self, text: str) -> MemoryText:
         """The tokens of a memory's text and their chunks."""
-        spec = self._parts.manifest.compressor
+        spec = self._parts.manifest.memory
         return read_memory(self._parts.tokenizer, text, spec.max_text_tokens, spec.chunks)
 
     def _answer(
@@ -424,7 +429,8 @@ class TinyAlign:
 
         runs = continue_answer(
             parts.lm, state, parts.embeddings, token, choose, parts.stop_ids, limit,
-            self._guesses(picture, sentences) if drafts else (),
+            self._guesses(picture, sentences) if drafts else None,
+            parts.next_tokens if drafts else None,
         )  # fmt: skip
         ids: list[int] = []
         text = ""
@@ -484,7 +490,8 @@ class TinyAlign:
         name = tuple(picture.token_ids[:slots].tolist())
         while name[:1] == tuple(article):  # the name stands at the end of its slots
             name = name[1:]
-        guesses += [(*start, *name, *stop, end) for start in (article, other)]
+        if name:
+            guesses += [(*start, *name, *stop, end) for start in (article, other)]
         return guesses + self._phrases
 
     def _take_state(self, tokens: int) -> LmState:
@@ -530,7 +537,7 @@ class TinyAlign:
 
     def _latent_tokens(self, hits: Sequence[Hit]) -> list[Floats]:
         """LM tokens [m, D] of every hit, through the RAG connector in one run."""
-        spec = self._parts.manifest.compressor
+        spec = self._parts.manifest.memory
         latents = np.zeros((len(hits), spec.latents, spec.width), np.float32)  # [K, L, d]
         for row, hit in zip(latents, hits, strict=True):
             if hit.latents.shape[0] > spec.latents or hit.latents.shape[1] != spec.width:
@@ -542,6 +549,7 @@ class TinyAlign:
 
 def _open_bank(parts: Parts, name: str | Path) -> MemoryBank:
     """Open a bank for reading and bring its keys into memory, so that no question waits for it."""
+    assert parts.memory or parts.manifest.memory  # InputError for a model without a memory
     own = str(name) == "default"
     place = parts.directory / DEFAULT_BANK if own else name
     label = "default" if own else ""

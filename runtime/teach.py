@@ -139,7 +139,7 @@ def tally(
 def header(model: TinyAlign, name: str) -> Header:
     """What a bank for this model is made for."""
     manifest = model.parts.manifest
-    return Header(manifest.fingerprint, model.parts.keys.width, manifest.compressor.width, name)
+    return Header(manifest.fingerprint, model.parts.keys.width, manifest.memory.width, name)
 
 
 def model_floor(model: TinyAlign) -> float:

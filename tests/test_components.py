@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyalign.export.components import SIGNATURES, export_component
+from tinyalign.export.vlm import Projector
 from tinyalign.training.modules import (
     Compressor,
     Connector,
@@ -60,6 +61,7 @@ def cases() -> dict[str, Case]:
         "connector": Case(connector, (cells,)),
         "compressor": Case(compressor, (text, members, cells)),
         "rag_connector": Case(rag_connector, (latents.detach(),)),
+        "projector": Case(Projector(nn.Linear(DV, WIDTH)), (cells,)),
     }
 
 

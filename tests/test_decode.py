@@ -38,12 +38,15 @@ class Reciting:
 
 
 def recite(
-    says: list[int], sentences: Sequence[Sequence[int]], limit: int = 99
+    says: list[int],
+    sentences: Sequence[Sequence[int]] | None,
+    limit: int = 99,
+    likely: np.ndarray | None = None,
 ) -> tuple[list[int], Reciting, LmState]:
     lm, state = Reciting(says), LmState(999, {}, *np.zeros((2, 999, 1), np.float32))
     batches = continue_answer(
         lm, state, TABLE, says[0], lambda row, _: int(row.argmax()), frozenset({STOP}), limit,
-        sentences,
+        sentences, likely,
     )  # type: ignore[arg-type]  # fmt: skip
     return [says[0], *(token for batch in batches for token in batch)], lm, state
 
@@ -71,7 +74,7 @@ def test_any_draft_gives_the_same_answer(limit: int) -> None:
         says = [*rng.integers(1, 6, size=rng.integers(1, 30)).tolist(), STOP]
         sentences = [tuple(rng.integers(0, 6, size=rng.integers(0, 9)).tolist()) for _ in range(4)]
         told, lm, state = recite(says, sentences, limit)
-        assert told == recite(says, [], limit)[0] == says[:limit]
+        assert told == recite(says, None, limit)[0] == says[:limit]
         assert len(lm.runs) <= len(told) - 1
         assert all(2 <= len(run) <= 1 + LONGEST_DRAFT for run in lm.runs)
         assert state.length <= len(told)
@@ -80,7 +83,22 @@ def test_any_draft_gives_the_same_answer(limit: int) -> None:
 def test_wrong_drafts_become_short() -> None:
     wrong = [(n, *range(40, 48)) for n in range(1, 30)]  # always agrees, then never
     _, lm, _ = recite([*range(1, 30), STOP], wrong)
-    assert [len(run) for run in lm.runs[:3]] == [9, 2, 2]
+    assert [len(run) for run in lm.runs[:5]] == [9, 5, 3, 2, 2]
+
+
+def test_an_answer_may_repeat_itself() -> None:
+    says = [5, 6, 7, 8, 5, 6, 7, 8, STOP]
+    told, lm, _ = recite(says, [])
+    assert told == says and lm.runs[4] == [5, 6, 7, 8, 5]  # what stood after the first 5
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_without_a_draft_the_likeliest_next_token_is_guessed(right: bool) -> None:
+    says = [*range(1, 30), STOP]
+    likely = np.array([(n + right) % VOCAB for n in range(VOCAB)], np.uint32)
+    told, lm, _ = recite(says, [], likely=likely)
+    assert told == says and all(len(run) == 2 for run in lm.runs)
+    assert len(lm.runs) == (15 if right else 29)
 
 
 def test_tiny_answers_do_not_depend_on_drafts(tiny: Path) -> None:

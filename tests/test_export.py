@@ -19,7 +19,8 @@ from tiny_model import PROMPT, language_model, picture, tokenizer
 
 from tinyalign.bank import Bank
 from tinyalign.export import cli, model_dir
-from tinyalign.export.model_dir import Precisions
+from tinyalign.export.precisions import FLOATS
+from tinyalign.export.quality import Check, TorchSide
 from tinyalign.export.report import measure
 from tinyalign.export.target import check_target, exchange, replacing
 from tinyalign.runtime import InputError, TinyAlign
@@ -39,7 +40,6 @@ from tinyalign.training.vision import VisionEncoder
 
 D, DV = 32, 1280
 TEXTS = ("a cup. b.", "bc", "œ is here")
-FLOATS = Precisions("fp32", "fp32", "fp32", "fp32", "fp32")
 
 
 def tiny_parts() -> Parts:
@@ -131,10 +131,14 @@ def test_the_directory_is_whole(model_path: Path) -> None:
 
 
 def test_the_report(parts: Parts, model_path: Path) -> None:
-    report = measure(parts, model_path, FLOATS, [picture(1), picture(2)], lambda _: None)
+    checks = [Check(picture(1), "What?"), Check(picture(2), "How many?", "latent")]
+    with Bank.open(model_path / model_dir.BANK_NAME, read_only=True) as bank:
+        side = TorchSide(parts, [bank])
+        report = measure(side, model_path, FLOATS, checks, lambda _: None)
     assert report.answers.equal == report.answers.prompts == 2
     assert report.answers.same_choice == report.answers.tokens
     assert all(line.max_difference <= 1e-4 for line in report.components)
+    assert all(line.cosine > 0.99999 for line in report.components)
     lines = report.to_table().splitlines()
     assert len(lines) == 1 + 4 + 2 + 1
     json.dumps(report.to_dict())

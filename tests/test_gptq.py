@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinyalign.export.gptq import PRODUCTS, calibrate, quantize_calibrated
-from tinyalign.export.lm import export_lm, write_embeddings
-from tinyalign.export.model_dir import lm_spec
+from tinyalign.export.lm import export_lm, lm_spec, write_embeddings
 from tinyalign.export.quantize import dequantize, quantize
 from tinyalign.runtime.lm import LanguageModel
 from tinyalign.runtime.loading import open_session

@@ -109,6 +109,86 @@ def test_preprocess_is_channels_first_and_scaled() -> None:
     assert [float(c.min()) for c in chw] == [float(c.max()) for c in chw] == [0.0, 1.0, -127 / 128]
 
 
+# ---- preprocessing of other encoders --------------------------------------------
+
+CROP = {"size": {"shortest_edge": 61}, "crop_size": 56}
+HALF = ((127.5,) * 3,) * 2
+CLIP = ((122.7709383, 116.7460125, 104.0937362), (68.5005327, 66.6321579, 70.3231646))
+IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+
+@pytest.mark.parametrize(
+    "size", [(60, 60), (300, 200), (199, 301), (57, 640), (1000, 33), (30, 20)]
+)
+@pytest.mark.parametrize(
+    ("kind", "options", "spec"),
+    [
+        ("CLIP", CROP, ImageSpec(56, *CLIP, fit="crop", resize=61)),
+        ("Bit", CROP | {"resample": 2}, ImageSpec(56, *CLIP, "bilinear", fit="crop", resize=61)),
+        (
+            "Bit",
+            CROP | {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+            ImageSpec(56, *IMAGENET, fit="crop", resize=61),
+        ),
+        ("Siglip", {"size": {"height": 56, "width": 56}}, ImageSpec(56, *HALF)),
+        ("ViT", {"size": {"height": 56, "width": 56}}, ImageSpec(56, *HALF, "bilinear")),
+        ("ViT", {"size": 56, "resample": 1}, ImageSpec(56, *HALF, "lanczos")),
+    ],
+)
+def test_pixels_are_those_of_transformers(
+    kind: str, options: dict[str, object], spec: ImageSpec, size: tuple[int, int]
+) -> None:
+    import transformers
+
+    picture = Image.fromarray(pattern(*size)[..., :3])
+    processor = getattr(transformers, f"{kind}ImageProcessor")(**options)
+    theirs = processor(picture, return_tensors="np")["pixel_values"][0]
+    ours = preprocess(load_picture(picture), spec)
+    assert ours.shape == theirs.shape == (3, 56, 56)
+    levels = np.abs(ours - theirs) * np.reshape(spec.scale, (3, 1, 1))
+    if size == (57, 640) and spec.fit == "squash":
+        # transformers resizes in one call, and there Pillow 13 goes down first, then across: the
+        # pixels between the two are rounded and cut off at 0 and 255 elsewhere.
+        assert levels.mean() < 0.5 and levels.max() < 16
+    else:  # every pixel is the same before it is scaled
+        assert levels.max() < 3e-4
+
+
+def test_a_long_picture_is_cropped_without_being_resized_as_a_whole() -> None:
+    spec = ImageSpec(56, fit="crop", resize=61)
+    for size in ((3_000_001, 2), (2, 3_000_001)):
+        picture = Image.new("RGB", size, (9, 9, 9))
+        middle = tuple((side - 1) // 2 for side in size)
+        picture.paste((200, 100, 50), (max(0, middle[0] - 40), max(0, middle[1] - 40), *size))
+        pixels = resize(picture, spec)
+        assert pixels.shape == (56, 56, 3)
+        assert (pixels == (200, 100, 50)).all()
+
+
+@pytest.mark.parametrize("size", [(2000, 1500), (300, 1400)])
+def test_a_large_jpeg_keeps_pixels_enough_to_be_cropped(size: tuple[int, int]) -> None:
+    spec = ImageSpec(56, fit="crop", resize=112)
+    x, y = np.meshgrid(np.linspace(0, 9, size[0]), np.linspace(0, 7, size[1]))
+    waves = np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1)
+    data = encoded(Image.fromarray((127 + 100 * waves).astype(np.uint8)), "JPEG", quality=95)
+    small = images.load_for(data, spec)
+    assert min(small.size) >= 2 * spec.resize
+    assert (small.size == size) == (min(size) < 4 * spec.resize)
+    difference = np.abs(resize(load_picture(data), spec).astype(int) - resize(small, spec))
+    assert difference.max() <= 6 and difference.mean() < 1
+
+
+def test_banks_made_before_pictures_could_be_cropped_stay_valid() -> None:
+    from tinyalign.training.fingerprint import image_words
+
+    assert image_words(SPEC) == (
+        '{"background": [255, 255, 255], "mean": 127.0, "resample": "bicubic", "scale": 128.0, '
+        '"size": 260}'
+    )
+    others = [ImageSpec(mean=CLIP[0]), ImageSpec(fit="crop", resize=260), ImageSpec(size=224)]
+    assert len({image_words(spec) for spec in [SPEC, *others]}) == 4
+
+
 def test_training_reads_pictures_with_this_very_function() -> None:
     from tinyalign.training import features
 

@@ -47,8 +47,8 @@ def test_round_trip(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        ("format", 3, "format 3, newer than 2"),
-        ("format", 1, "format 1, older than 2: export it again"),
+        ("format", 4, "format 4, newer than 3"),
+        ("format", 2, "format 2, older than 3: export it again"),
         ("format", "1", "format is not a positive"),
         ("format", True, "format is not a positive"),
         ("format", ..., "format is not a positive"),
@@ -62,10 +62,16 @@ def test_round_trip(tiny: Path) -> None:
         ("lm.layers", True, "lm.layers is True, expected int"),
         ("lm.layers", 0, "lm.layers is 0"),
         ("lm.vocab", 1 << 40, "lm.vocab is"),
-        ("image.size", 1 << 20, "size 1048576"),
+        ("image.size", 1 << 20, "image.size is 1048576"),
         ("image.resample", "nearest", "expected bilinear or bicubic or lanczos"),
         ("image.background", [255, 255], "has 2 items, expected 3"),
-        ("image.scale", 0, "scale 0"),
+        ("image.mean", 127.0, "image.mean is not a list"),
+        ("image.scale", [1, 0, 1], "scale (1.0, 0.0, 1.0)"),
+        ("image.mean", [1, float("nan"), 1], "mean (1.0, nan, 1.0)"),
+        ("image.fit", "pad", "expected squash or crop"),
+        ("image.fit", "crop", "fit crop, resize None"),
+        ("image.resize", 256, "fit squash, resize 256"),
+        ("image.resize", 256.0, "image.resize is 256.0"),
         ("precisions.lm", "int3", f"precisions.lm is 'int3', expected {PRECISION}"),
         ("prompt.image", ["a", 2], "2 slots, not 3"),
         ("prompt.image", ["a", -1, 4], "slots"),
@@ -100,7 +106,7 @@ def test_a_wrong_manifest_is_refused(model: Path, keys: str, value: Any, message
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 2}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 3}', "[" * 100_000, "\xff"])
 def test_no_manifest_at_all(model: Path, text: str) -> None:
     (model / MANIFEST_NAME).write_text(text, encoding="latin-1")
     with pytest.raises(ModelError):

@@ -266,6 +266,17 @@ ATTRIBUTES = (
     ),
 )
 
+
+def answer_parts() -> tuple[str, ...]:
+    """How answers about facts begin, up to the value, and how they end after it."""
+    parts: list[str] = []
+    for attribute in ATTRIBUTES:
+        for answer in attribute.answers:
+            begin, _, end = answer.partition("{v}")
+            parts += [begin.rstrip(), f"{end}<|im_end|>" if end != "." else ""]
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
 # Nouns for facts of any kind: "Its serial number is KX-204." They teach reading what the question
 # asks for, where the kinds above can be learned by heart.
 NOUNS = phrases("""

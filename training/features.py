@@ -53,7 +53,11 @@ RULES = 2  # of what records say; raise it where a rule changes
 BATCH = 16
 PROTOTYPE_VIEWS = 2
 IMAGE = ImageSpec(
-    size=IMAGE_SIZE, mean=127.0, scale=128.0, resample="bicubic", background=(255, 255, 255)
+    size=IMAGE_SIZE,
+    mean=(127.0, 127.0, 127.0),
+    scale=(128.0, 128.0, 128.0),
+    resample="bicubic",
+    background=(255, 255, 255),
 )
 _ROW_BYTES = CELLS * WIDTH * 2
 

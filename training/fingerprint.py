@@ -17,7 +17,7 @@ def fingerprint_of(parts: Parts) -> str:
 
     The connectors and the LM do not enter: training them leaves every bank valid.
     """
-    digest = hashlib.sha256(json.dumps(asdict(ImageSpec()), sort_keys=True).encode())
+    digest = hashlib.sha256(image_words(ImageSpec()).encode())
     for module in (parts.vision, parts.compressor):
         for name, value in sorted(module.state_dict().items()):
             digest.update(name.encode())
@@ -26,3 +26,15 @@ def fingerprint_of(parts: Parts) -> str:
     for item in fields(parts.keys):
         digest.update(np.asarray(getattr(parts.keys, item.name), np.float32).tobytes())
     return digest.hexdigest()
+
+
+def image_words(spec: ImageSpec) -> str:
+    """Preprocessing as JSON. What all channels share is one number, and squashing goes without
+    saying, as it did before there was anything else: so banks of that time stay valid."""
+    values = asdict(spec)
+    for key in ("mean", "scale"):
+        if len(set(values[key])) == 1:
+            values[key] = values[key][0]
+    if spec.fit == "squash":
+        del values["fit"], values["resize"]
+    return json.dumps(values, sort_keys=True)

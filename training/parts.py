@@ -23,7 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from transformers import LlamaForCausalLM
 
 from tinyalign.bank.errors import InputError
 from tinyalign.runtime.keys import KeyArrays, load_key_arrays, save_key_arrays
-from tinyalign.runtime.manifest import PromptSpec, from_dict
+from tinyalign.runtime.manifest import NEXT_TOKENS, PromptSpec, from_dict
 from tinyalign.training.lm import load_lm, load_tokenizer, token_table
 from tinyalign.training.modules import (
     Compressor,
@@ -64,6 +66,7 @@ class Parts:
     vocabulary_ids: Tensor  # [Vs]
     class_names: Tensor  # [classes, name slots], indices into vocabulary_ids
     keys: KeyArrays | None = None
+    next_tokens: NDArray[np.uint32] | None = None  # [V], see next_tokens.py
 
     @property
     def embeddings(self) -> Tensor:
@@ -193,6 +196,8 @@ def load_parts(directory: Path = DEFAULT_WEIGHTS, merge_lora: bool = True) -> Pa
         getattr(parts, name).load_state_dict(unpacked(stored))
     if (directory / "key.npz").exists():
         parts.keys = load_key_arrays(directory / "key.npz")
+    if (directory / NEXT_TOKENS).exists():
+        parts.next_tokens = np.fromfile(directory / NEXT_TOKENS, "<u4")
     if merge_lora and (directory / "lora").exists():
         from peft import PeftModel
 

@@ -20,7 +20,8 @@ from tinyalign.training import key_head, stages
 from tinyalign.training.default_bank import build_bank
 from tinyalign.training.features import ORDER, STYLES, Record, build_features, load_features
 from tinyalign.training.llava import Data, check_together, encode_data
-from tinyalign.training.parts import Parts, new_parts, save_parts
+from tinyalign.training.next_tokens import write_next_tokens
+from tinyalign.training.parts import Parts, load_parts, new_parts, save_parts
 from tinyalign.training.pictures import imagenet_classes
 from tinyalign.training.plots import plot_losses
 from tinyalign.training.recipe import Recipe, Stage
@@ -150,5 +151,6 @@ def write_weights(run: stages.Run, until: str, sources: Sequence[str]) -> None:
     save_parts(parts, weights)
     stages.save_lora(run, weights / "lora")
     build_bank(run.world, weights / "bank.sqlite", (*ORDER, *sources))
+    write_next_tokens(load_parts(weights), weights)
     plot_losses(run.log, directory / "loss.png")
     print(f"weights: {weights}\nloss curve: {directory / 'loss.png'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tinyalign.runtime.manifest import PromptSpec
+from tinyalign.training.facts import answer_parts
 from tinyalign.training.modules import ConnectorShape, MemoryShape
 
 PROMPT = PromptSpec(
@@ -50,12 +51,7 @@ PROMPT = PromptSpec(
         " is at the top.<|im_end|>",
         " is at the bottom.<|im_end|>",
         " is in the centre.<|im_end|>",
-        "It is kept in the",
-        "It belongs to",
-        "It was made by",
-        "It comes from",
-        "Its price is",
-        "The rule is:",
+        *answer_parts(),
     ),
     memory_mode="text",  # reads best: docs/memory-bank.md, "How well teaching works"
 )

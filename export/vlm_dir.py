@@ -1,0 +1,132 @@
+"""A model directory from somebody else's vision-language model, and what it says beside torch.
+
+There is no memory in it yet: no compressor, no RAG connector, no key recipe and no bank.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinyalign.export.components import export_component
+from tinyalign.export.gptq import CALIBRATED, calibrate
+from tinyalign.export.half import halve
+from tinyalign.export.lm import (
+    EMBEDDINGS_NAME,
+    embedding_rows,
+    export_lm,
+    lm_spec,
+    write_embeddings,
+)
+from tinyalign.export.precisions import Precisions
+from tinyalign.export.vlm import Vlm
+from tinyalign.runtime.files import file_entry, file_sha256
+from tinyalign.runtime.images import Picture, load_for, preprocess
+from tinyalign.runtime.manifest import MANIFEST_NAME, ConnectorSpec, Licence, Manifest
+from tinyalign.runtime.prompt import build_prompt, embed
+
+QUESTIONS = ("What is in the picture?", "What colour is it?", "How many things are there?")
+ROOM = 512  # tokens of question and answer beside the picture, at least
+
+
+def write_vlm(
+    vlm: Vlm,
+    directory: Path,
+    precisions: Precisions,
+    pictures: Sequence[Picture],
+    progress: Callable[[str], None],
+) -> None:
+    """Write graphs, tables and tokenizer; two or more `pictures` to calibrate with."""
+    write_embeddings(vlm.lm, directory / EMBEDDINGS_NAME)
+    vlm.tokenizer.save(str(directory / "tokenizer.json"))
+    spec = vlm.encoder.image
+    pixels = torch.from_numpy(np.stack([preprocess(load_for(p, spec), spec) for p in pictures]))
+    progress(f"vision ({precisions.vision})")
+    path = directory / "vision.onnx"
+    export_component("vision", vlm.encoder.module, path, (pixels,), precisions.vision)
+    progress(f"connector ({precisions.connector})")
+    path, cells = directory / "connector.onnx", torch.ones(2, *cells_shape(vlm))
+    export_component("projector", vlm.connector, path, (cells,), precisions.connector)
+    path, blocks = directory / "lm.onnx", None
+    if precisions.lm == "int4" and vlm.lm.config.model_type in CALIBRATED:
+        prompts = [prompt_rows(vlm, p, q) for p in pictures for q in QUESTIONS]
+        blocks = calibrate(copy.deepcopy(vlm.lm), prompts, progress)
+    progress(f"lm ({precisions.lm})")
+    precision = "fp32" if precisions.lm == "fp16" else precisions.lm
+    export_lm(vlm.lm, path, precision, context_of(vlm), blocks)
+    if precisions.lm == "fp16":
+        halve(path)
+
+
+def write_vlm_manifest(
+    vlm: Vlm, directory: Path, name: str, precisions: Precisions, quality: dict[str, Any]
+) -> Manifest:
+    """Write the manifest over all files of the directory as they are now."""
+    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST_NAME)
+    seen = file_sha256(directory / "vision.onnx") + file_sha256(directory / EMBEDDINGS_NAME)
+    own = ("vision", "connector", "lm")
+    manifest = Manifest(
+        name=name,
+        fingerprint=hashlib.sha256(seen.encode()).hexdigest(),
+        licences=(Licence("all weights", "see the model's own card", name),),
+        image=vlm.encoder.image,
+        vision=vlm.encoder.vision,
+        connector=ConnectorSpec(vlm.tokens, words=False),
+        compressor=None,
+        rag_connector=None,
+        lm=lm_spec(vlm.lm.config, context_of(vlm)),
+        precisions={part: precisions.of(part) for part in own},
+        prompt=vlm.prompt,
+        files=tuple(file_entry(directory, file) for file in names),
+        quality=quality,
+    )
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def cells_shape(vlm: Vlm) -> tuple[int, int]:
+    """[1 + P, Dv]."""
+    return vlm.encoder.vision.cells, vlm.encoder.vision.width
+
+
+def context_of(vlm: Vlm) -> int:
+    """Tokens that the exported language model can hold: 2048, or what it was made for if less."""
+    most = int(vlm.lm.config.max_position_embeddings)
+    return min(most, max(2048, vlm.tokens + ROOM))
+
+
+# ---- the same in torch ------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def prompt_rows(vlm: Vlm, picture: Picture, question: str) -> Tensor:
+    """The language model's input f32 [1, N, D] for a picture and a question."""
+    spec = vlm.encoder.image
+    pixels = torch.from_numpy(preprocess(load_for(picture, spec), spec))[None]
+    tokens = vlm.connector(vlm.encoder.module(pixels))[0].numpy()  # [T, D]
+    segments = build_prompt(vlm.prompt, vlm.tokenizer, question)
+    return torch.from_numpy(embed(segments, embedding_rows(vlm.lm), tokens))[None]
+
+
+@torch.inference_mode()
+def torch_answer(vlm: Vlm, picture: Picture, question: str, limit: int) -> list[int]:
+    """Greedy tokens in torch, at most `limit`, without the one that ends the answer."""
+    stop = {vlm.tokenizer.token_to_id(word) for word in vlm.prompt.stop}
+    table = torch.from_numpy(embedding_rows(vlm.lm))
+    ids: list[int] = []
+    output = vlm.lm(inputs_embeds=prompt_rows(vlm, picture, question), use_cache=True)
+    while (token := int(output.logits[0, -1].argmax())) not in stop:
+        ids.append(token)
+        if len(ids) == limit:
+            break
+        step = F.embedding(torch.tensor([[token]]), table)
+        output = vlm.lm(inputs_embeds=step, past_key_values=output.past_key_values, use_cache=True)
+    return ids

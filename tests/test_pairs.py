@@ -1,0 +1,115 @@
+"""Any encoder with any language model: every pair once, from torch through export to answers."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_encoders
+import torch
+from tiny_model import picture
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from torch import nn
+
+from tinyalign.export.components import export_component
+from tinyalign.export.encoders import Encoder, load_encoder
+from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, write_embeddings
+from tinyalign.export.precisions import FLOATS
+from tinyalign.export.vlm import Projector, Vlm
+from tinyalign.export.vlm_dir import context_of, torch_answer, write_vlm_manifest
+from tinyalign.export.vlm_prompt import FLOORS
+from tinyalign.runtime import TinyAlign
+from tinyalign.runtime.manifest import PromptSpec
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from families import FAMILIES, tiny_model
+
+ENCODERS = ("clip", "siglip", "dinov2", "dinov2_with_registers", "vit")
+LMS = {family.name: family for family in FAMILIES if family.name == family.model.lower()}
+LMS["gemma3_text"] = next(family for family in FAMILIES if family.name == "gemma3_text")
+LIMIT = 8
+
+
+def tokenizer() -> Tokenizer:
+    """Printable letters as tokens, and an end."""
+    letters = [chr(code) for code in range(32, 127)] + ["\n"]
+    tok = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    tok.decoder = decoders.Fuse()
+    tok.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
+    return tok
+
+
+PROMPT = PromptSpec(
+    system="look: ",
+    image=(tiny_encoders.PATCHES,),
+    memory="",
+    question="\n{question}\n",
+    similarity=FLOORS,
+    stop=("<end>",),
+)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Encoder, Path]]:
+    """Each encoder in torch, and a directory with its graph."""
+    known, found = tiny_encoders.families(), {}
+    for name in ENCODERS:
+        folder = tmp_path_factory.mktemp(name)
+        encoder = load_encoder(known[name].save(folder / "source"))
+        example = (tiny_encoders.pixels(2),)
+        export_component("vision", encoder.module, folder / "vision.onnx", example, "fp32")
+        found[name] = encoder, folder
+    return found
+
+
+@pytest.fixture(scope="module")
+def connectors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[nn.Module, Path]]:
+    """A connector to language models of each width, and a directory with its graph."""
+    torch.manual_seed(5)
+    found = {}
+    for width in (64, 128):
+        hidden = nn.Linear(tiny_encoders.WIDTH, width)
+        module = Projector(nn.Sequential(hidden, nn.GELU(), nn.Linear(width, width)))
+        module = module.eval().requires_grad_(False)
+        folder = tmp_path_factory.mktemp(f"connector{width}")
+        example = (torch.ones(2, 1 + tiny_encoders.PATCHES, tiny_encoders.WIDTH),)
+        export_component("projector", module, folder / "connector.onnx", example, "fp32")
+        found[width] = module, folder
+    return found
+
+
+@pytest.mark.parametrize("name", LMS)
+def test_every_pair_answers_as_in_torch(
+    name: str,
+    encoders: dict[str, tuple[Encoder, Path]],
+    connectors: dict[int, tuple[nn.Module, Path]],
+    tmp_path: Path,
+) -> None:
+    lm = tiny_model(LMS[name])
+    connector, place = connectors[lm.config.hidden_size]
+    answers = set()
+    for encoder, source in encoders.values():
+        vlm = Vlm("pair", encoder, connector, tiny_encoders.PATCHES, lm, tokenizer(), PROMPT)
+        target = tmp_path / encoder.model_type
+        target.mkdir()
+        for path in (*source.glob("vision.onnx*"), *place.glob("connector.onnx*")):
+            shutil.copy(path, target)
+        if not (tmp_path / "lm").exists():  # the language model's graph is written once
+            (tmp_path / "lm").mkdir()
+            write_embeddings(lm, tmp_path / "lm" / EMBEDDINGS_NAME)
+            export_lm(lm, tmp_path / "lm/lm.onnx", "fp32", context_of(vlm))
+        for path in tmp_path.glob("lm/*"):
+            shutil.copy(path, target)
+        tokenizer().save(str(target / "tokenizer.json"))
+        write_vlm_manifest(vlm, target, "pair", FLOATS, {})
+        with TinyAlign.load(target, threads=1) as model:
+            for seed in range(2):
+                told = model.ask(picture(seed, (60, 48)), "what?", max_tokens=LIMIT)
+                assert list(told.token_ids) == torch_answer(
+                    vlm, picture(seed, (60, 48)), "what?", LIMIT
+                )
+                answers.add(told.token_ids)
+    assert len(answers) > len(encoders)  # the picture matters
