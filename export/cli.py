@@ -76,6 +76,14 @@ def parser() -> argparse.ArgumentParser:
         "tinyalign)",
     )
     p.add_argument(
+        "--from",
+        dest="source",
+        metavar="DIR",
+        type=Path,
+        help="a vision-language model in a Hugging Face directory (LLaVA, Idefics3, SmolVLM, "
+        "nanoVLM) in place of the default one; it has no memory (docs/other-models.md)",
+    )
+    p.add_argument(
         "--force",
         action="store_true",
         help="replace DIR even if it holds something else than a model; all in it is deleted",
@@ -161,6 +169,8 @@ def export(arguments: argparse.Namespace) -> str:
         raise InputError(f"{arguments.report} is a file, not a directory for the report")
     if arguments.report_set is not None and arguments.report is None:
         raise InputError("--report-set needs --report")
+    if arguments.source is not None:
+        return export_other(arguments, target)
     with Progress() as progress:
         written = write(arguments, target, progress)
     from tinyalign.export.quality import loss
@@ -175,6 +185,29 @@ def export(arguments: argparse.Namespace) -> str:
     if trials is not None:
         lines += ["", trials.to_table(), *map(str, written.files), ""]
     return "\n".join([*lines, f"{target}: {written.size / 1e6:.0f} MB"])
+
+
+def export_other(arguments: argparse.Namespace, target: Path) -> str:
+    """The same for somebody else's vision-language model."""
+    from tinyalign.runtime.errors import InputError
+
+    if arguments.weights or arguments.report or arguments.minimal:
+        raise InputError("--from goes with neither --weights, --report nor --minimal")
+    precisions = Precisions(**{n: getattr(arguments, f"{n}_precision") for n in CHOICES})
+    with Progress() as progress:
+        progress("loading torch")
+        from tinyalign.export.vlm_dir import export_vlm
+
+        accepted = arguments.accept_quality_loss
+        answers, size = export_vlm(arguments.source, target, precisions, accepted, progress)
+    if arguments.json:
+        found = {"directory": str(target), "bytes": size, "answers": answers.to_dict()}
+        return json.dumps(found, indent=1)
+    return (
+        f"greedy answers equal to torch's: {answers.equal} of {answers.prompts}; "
+        f"tokens before a difference: {answers.same_choice} of {answers.tokens}\n"
+        f"{target}: {size / 1e6:.1f} MB"
+    )
 
 
 def write(arguments: argparse.Namespace, target: Path, progress: Progress) -> Written:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyalign.export.components import export_component
@@ -27,13 +27,19 @@ from tinyalign.export.lm import (
     write_embeddings,
 )
 from tinyalign.export.precisions import Precisions
-from tinyalign.export.vlm import Vlm
+from tinyalign.export.quality import AnswerReport, calibration_pictures, check_floor
+from tinyalign.export.size import BYTES, check_disk
+from tinyalign.export.target import replacing
+from tinyalign.export.vlm import Vlm, load_vlm
+from tinyalign.runtime import TinyAlign
 from tinyalign.runtime.files import file_entry, file_sha256
 from tinyalign.runtime.images import Picture, load_for, preprocess
 from tinyalign.runtime.manifest import MANIFEST_NAME, ConnectorSpec, Licence, Manifest
 from tinyalign.runtime.prompt import build_prompt, embed
 
 QUESTIONS = ("What is in the picture?", "What colour is it?", "How many things are there?")
+PICTURES = 8  # to compare on
+LIMIT = 16  # tokens of an answer that is compared
 ROOM = 512  # tokens of question and answer beside the picture, at least
 
 
@@ -130,3 +136,55 @@ def torch_answer(vlm: Vlm, picture: Picture, question: str, limit: int) -> list[
         step = F.embedding(torch.tensor([[token]]), table)
         output = vlm.lm(inputs_embeds=step, past_key_values=output.past_key_values, use_cache=True)
     return ids
+
+
+def compare(vlm: Vlm, model: TinyAlign, pictures: Sequence[Picture]) -> AnswerReport:
+    """Greedy answers of the exported model beside torch's; tokens count as the same up to the first
+    that differs."""
+    equal = tokens = same = 0
+    for picture in pictures:
+        for question in QUESTIONS:
+            told = model.ask(picture, question, max_tokens=LIMIT).token_ids
+            expected = torch_answer(vlm, picture, question, LIMIT)
+            pairs = enumerate(zip(told, expected, strict=False))
+            first = next((i for i, (a, b) in pairs if a != b), min(len(told), len(expected)))
+            equal += list(told) == expected
+            same, tokens = same + first, tokens + max(len(told), len(expected))
+    return AnswerReport(len(pictures) * len(QUESTIONS), equal, tokens, same)
+
+
+def export_vlm(
+    source: Path,
+    target: Path,
+    precisions: Precisions,
+    accepted: bool,
+    progress: Callable[[str], None],
+) -> tuple[AnswerReport, int]:
+    """Read, write and compare; the comparison and the model's bytes. Raises InputError.
+
+    `accepted`: whether fewer answers than the floor may be those of torch (`quality.FLOOR`).
+    """
+    progress(f"loading {source}")
+    vlm = load_vlm(source)
+    needed = 2 * embedding_rows(vlm.lm).size
+    for part, module in parts_of(vlm).items():
+        bytes_a_weight = BYTES["fp32" if precisions.of(part) == "fp16" else precisions.of(part)]
+        needed += int(bytes_a_weight * sum(p.numel() for p in module.parameters()))
+    check_disk(target, needed)
+    pictures = calibration_pictures(target / "none")[:PICTURES]
+    with replacing(target) as draft:
+        write_vlm(vlm, draft, precisions, pictures, progress)
+        write_vlm_manifest(vlm, draft, source.resolve().name, precisions, {})
+        progress(f"comparing answers to {len(pictures) * len(QUESTIONS)} questions")
+        with TinyAlign.load(draft) as model:
+            measured = compare(vlm, model, pictures)
+        check_floor(measured, accepted)
+        quality = {"answers": measured.to_dict()}
+        name = source.resolve().name
+        manifest = write_vlm_manifest(vlm, draft, name, precisions, quality)
+    return measured, sum(entry.bytes for entry in manifest.files)
+
+
+def parts_of(vlm: Vlm) -> dict[str, nn.Module]:
+    """The modules by the names of their components."""
+    return {"vision": vlm.encoder.module, "connector": vlm.connector, "lm": vlm.lm}

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.models.idefics3.image_processing_idefics3 import Idefics3ImageProcessor
 
+from tinyalign.export.cli import main
 from tinyalign.export.precisions import FLOATS
 from tinyalign.export.vlm import load_vlm
 from tinyalign.export.vlm_dir import torch_answer, write_vlm, write_vlm_manifest
@@ -186,6 +187,20 @@ def test_the_same_greedy_tokens_as_the_torch_original(family: str, tmp_path: Pat
             TinyAlign.load(target, banks=[tmp_path / "bank.sqlite"])
     assert len(answers) == 3
     assert vlm.model_type == family
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_llava(tmp_path / "llava")
+    fp32 = [f"--{part}-precision=fp32" for part in ("lm", "vision", "connector")]
+    arguments = ["--from", str(tmp_path / "llava"), "--out", str(tmp_path / "out"), "--json"]
+    assert main([*arguments, *fp32]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["answers"]["equal"] == told["answers"]["prompts"] > 0
+    with TinyAlign.load(tmp_path / "out", threads=1) as model:
+        assert model.ask(picture(3), "What is this?", max_tokens=4).tokens
+    assert main([*arguments, "--minimal"]) == 2
+    (tmp_path / "llava" / "config.json").unlink()
+    assert main(arguments) == 2 and "no config.json" in capsys.readouterr().err
 
 
 def test_prompts_are_those_of_the_chat_template(tmp_path: Path) -> None:
