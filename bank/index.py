@@ -287,9 +287,9 @@ class _Binding:
 
 
 def _writer() -> str:
-    bits = 64 if sys.maxsize > 2**32 else 32
     from importlib.metadata import version  # slow, and seldom needed
 
+    bits = 64 if sys.maxsize > 2**32 else 32
     return f"hnswlib {version('hnswlib')} {sys.byteorder} {bits}"
 
 

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from tinyalign.export.graph import Precision
 from tinyalign.export.lm import export_lm, lm_spec, write_embeddings
+from tinyalign.export.quality import MODULES, log_softmax
 from tinyalign.runtime.lm import LanguageModel
 from tinyalign.runtime.loading import open_session
 from tinyalign.training.lm import load_lm, load_tokenizer
 
-MODULES = ("heapq", "doctest", "argparse", "decimal", "statistics", "pdb", "optparse", "threading")
 WINDOW = 512
 Floats = NDArray[np.float32]
 
@@ -48,13 +48,6 @@ class Row:
     decode: float
     load_s: float
     size_mb: float
-
-
-def log_softmax(logits: Floats) -> Floats:
-    """[.., V] -> log probabilities."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
 
 
 def perplexity(log_probabilities: Floats, windows: list[list[int]]) -> float:

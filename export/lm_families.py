@@ -43,12 +43,9 @@ def llama_layer(
 ) -> tuple[str, str]:
     """Llama, and with it Qwen (biases, norms of heads) and Phi-3 (weights fused already)."""
     module, name = layer.module, layer.name
-    residual, x = add_and_normalize(
-        graph, residual, hidden, module.input_layernorm, f"{name}.attention_norm"
+    residual, x = attended(
+        graph, layer, residual, hidden, module.input_layernorm, module.self_attn.o_proj
     )
-    x = attention(graph, layer, x, query_key_value(module.self_attn))
-    x, residual = wanted_rows(graph, layer, x, residual)
-    x = product(graph, x, [module.self_attn.o_proj], f"{name}.o", layer.precision)
     residual, x = add_and_normalize(
         graph, residual, x, module.post_attention_layernorm, f"{name}.mlp_norm"
     )
@@ -60,12 +57,9 @@ def gemma_layer(
 ) -> tuple[str, str]:
     """Gemma 2 and 3: what attention and MLP give is normalized before it is added, too."""
     module, name = layer.module, layer.name
-    residual, x = add_and_normalize(
-        graph, residual, hidden, module.input_layernorm, f"{name}.attention_norm"
+    residual, x = attended(
+        graph, layer, residual, hidden, module.input_layernorm, module.self_attn.o_proj
     )
-    x = attention(graph, layer, x, query_key_value(module.self_attn))
-    x, residual = wanted_rows(graph, layer, x, residual)
-    x = product(graph, x, [module.self_attn.o_proj], f"{name}.o", layer.precision)
     x = normalize(graph, x, module.post_attention_layernorm, f"{name}.after_attention_norm")
     residual, x = add_and_normalize(
         graph, residual, x, module.pre_feedforward_layernorm, f"{name}.mlp_norm"
@@ -97,14 +91,22 @@ def opt_layer(
 ) -> tuple[str, str]:
     """OPT: LayerNorms, biases, a plain MLP; positions were added to the inputs."""
     module, name = layer.module, layer.name
-    residual, x = add_and_normalize(
-        graph, residual, hidden, module.self_attn_layer_norm, f"{name}.attention_norm"
+    residual, x = attended(
+        graph, layer, residual, hidden, module.self_attn_layer_norm, module.self_attn.out_proj
     )
-    x = attention(graph, layer, x, query_key_value(module.self_attn))
-    x, residual = wanted_rows(graph, layer, x, residual)
-    x = product(graph, x, [module.self_attn.out_proj], f"{name}.o", layer.precision)
     residual, x = add_and_normalize(graph, residual, x, module.final_layer_norm, f"{name}.mlp_norm")
     return residual, mlp(graph, layer, x, module.fc1, module.fc2, activation(layer.config))
+
+
+def attended(
+    graph: GraphWriter, layer: Layer, residual: str, hidden: str | None, norm: Any, out: nn.Linear
+) -> tuple[str, str]:
+    """The first half of a layer: norm, attention and the product behind it; the residual and what
+    is to be added to it."""
+    residual, x = add_and_normalize(graph, residual, hidden, norm, f"{layer.name}.attention_norm")
+    x = attention(graph, layer, x, query_key_value(layer.module.self_attn))
+    x, residual = wanted_rows(graph, layer, x, residual)
+    return residual, product(graph, x, [out], f"{layer.name}.o", layer.precision)
 
 
 LAYERS: dict[str, LayerFunction] = {

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from tinyalign.bank import Bank
 from tinyalign.export.calibration import calibration_prompts
 from tinyalign.export.components import export_component
-from tinyalign.export.gptq import calibrate
+from tinyalign.export.gptq import CALIBRATED, calibrate
 from tinyalign.export.half import halve
 from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, lm_spec, write_embeddings
 from tinyalign.export.precisions import CHOICES, Precisions
@@ -28,6 +29,7 @@ from tinyalign.runtime.manifest import (
     NEXT_TOKENS,
     CompressorSpec,
     ConnectorSpec,
+    FileEntry,
     ImageSpec,
     Licence,
     Manifest,
@@ -93,12 +95,24 @@ def write_component(
         example = examples(parts, calibrating)[name]
         export_component(name, getattr(parts, name), path, example, precision)
         return
+    bank = directory / BANK_NAME
+    write_lm(parts.lm, path, precision, CONTEXT, lambda: calibration_prompts(parts, bank), progress)
+
+
+def write_lm(
+    lm: PreTrainedModel,
+    path: Path,
+    precision: Precision,
+    context: int,
+    prompts: Callable[[], Sequence[torch.Tensor]],
+    progress: Callable[[str], None],
+) -> None:
+    """Write a language model's graph; `prompts` are asked for when int4 is calibrated on them."""
     blocks = None
-    if precision == "int4":
-        prompts = calibration_prompts(parts, directory / BANK_NAME)
-        blocks = calibrate(copy.deepcopy(parts.lm), prompts, progress)
+    if precision == "int4" and lm.config.model_type in CALIBRATED:
+        blocks = calibrate(copy.deepcopy(lm), prompts(), progress)
     progress(f"lm ({precision})")
-    export_lm(parts.lm, path, "fp32" if precision == "fp16" else precision, CONTEXT, blocks)
+    export_lm(lm, path, "fp32" if precision == "fp16" else precision, context, blocks)
     if precision == "fp16":
         halve(path)
 
@@ -141,7 +155,6 @@ def write_manifest(
     parts: Parts, directory: Path, precisions: Precisions, quality: dict[str, Any]
 ) -> Manifest:
     """Write the manifest over all files of the directory as they are now."""
-    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST_NAME)
     memory = parts.compressor.shape
     manifest = Manifest(
         name="default",
@@ -155,11 +168,17 @@ def write_manifest(
         lm=lm_spec(parts.lm.config, CONTEXT),
         precisions=asdict(precisions),
         prompt=parts.prompt,
-        files=tuple(file_entry(directory, name) for name in names),
+        files=written_files(directory),
         quality=quality,
     )
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def written_files(directory: Path) -> tuple[FileEntry, ...]:
+    """The entries of all files of a directory but the manifest."""
+    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST_NAME)
+    return tuple(file_entry(directory, name) for name in names)
 
 
 def licences() -> tuple[Licence, ...]:

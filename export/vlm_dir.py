@@ -5,7 +5,6 @@ There is no memory in it yet: no compressor, no RAG connector, no key recipe and
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,22 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyalign.export.components import export_component
-from tinyalign.export.gptq import CALIBRATED, calibrate
-from tinyalign.export.half import halve
 from tinyalign.export.lm import (
     EMBEDDINGS_NAME,
     embedding_rows,
-    export_lm,
     lm_spec,
     write_embeddings,
 )
+from tinyalign.export.model_dir import write_lm, written_files
 from tinyalign.export.precisions import Precisions
 from tinyalign.export.quality import AnswerReport, calibration_pictures, check_floor
 from tinyalign.export.size import BYTES, check_disk
 from tinyalign.export.target import replacing
 from tinyalign.export.vlm import Vlm, load_vlm
 from tinyalign.runtime import TinyAlign
-from tinyalign.runtime.files import file_entry, file_sha256
+from tinyalign.runtime.files import file_sha256
 from tinyalign.runtime.images import Picture, load_for, preprocess
 from tinyalign.runtime.manifest import MANIFEST_NAME, ConnectorSpec, Licence, Manifest
 from tinyalign.runtime.prompt import build_prompt, embed
@@ -61,22 +58,18 @@ def write_vlm(
     progress(f"connector ({precisions.connector})")
     path, cells = directory / "connector.onnx", torch.ones(2, *cells_shape(vlm))
     export_component("projector", vlm.connector, path, (cells,), precisions.connector)
-    path, blocks = directory / "lm.onnx", None
-    if precisions.lm == "int4" and vlm.lm.config.model_type in CALIBRATED:
-        prompts = [prompt_rows(vlm, p, q) for p in pictures for q in QUESTIONS]
-        blocks = calibrate(copy.deepcopy(vlm.lm), prompts, progress)
-    progress(f"lm ({precisions.lm})")
-    precision = "fp32" if precisions.lm == "fp16" else precisions.lm
-    export_lm(vlm.lm, path, precision, context_of(vlm), blocks)
-    if precisions.lm == "fp16":
-        halve(path)
+
+    def prompts() -> list[Tensor]:
+        return [prompt_rows(vlm, p, q) for p in pictures for q in QUESTIONS]
+
+    path = directory / "lm.onnx"
+    write_lm(vlm.lm, path, precisions.lm, context_of(vlm), prompts, progress)
 
 
 def write_vlm_manifest(
     vlm: Vlm, directory: Path, name: str, precisions: Precisions, quality: dict[str, Any]
 ) -> Manifest:
     """Write the manifest over all files of the directory as they are now."""
-    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST_NAME)
     seen = file_sha256(directory / "vision.onnx") + file_sha256(directory / EMBEDDINGS_NAME)
     own = ("vision", "connector", "lm")
     manifest = Manifest(
@@ -91,7 +84,7 @@ def write_vlm_manifest(
         lm=lm_spec(vlm.lm.config, context_of(vlm)),
         precisions={part: precisions.of(part) for part in own},
         prompt=vlm.prompt,
-        files=tuple(file_entry(directory, file) for file in names),
+        files=written_files(directory),
         quality=quality,
     )
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")

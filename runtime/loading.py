@@ -25,7 +25,7 @@ from tinyalign.runtime.errors import InputError, ModelError
 from tinyalign.runtime.files import verify_files
 from tinyalign.runtime.keys import KeyArrays, load_key_arrays
 from tinyalign.runtime.lm import LanguageModel
-from tinyalign.runtime.manifest import NEXT_TOKENS, Manifest, read_manifest
+from tinyalign.runtime.manifest import NEXT_TOKENS, Manifest, no_memory, read_manifest
 from tinyalign.runtime.paths import default_model_dir
 from tinyalign.runtime.providers import CPU, check_started, choose_provider, find_provider
 from tinyalign.runtime.threads import default_threads
@@ -72,17 +72,18 @@ class Parts:
     @property
     def keys(self) -> KeyArrays:
         """The key recipe; InputError for a model without a memory."""
-        return self._memory.keys
+        return self.memory_parts.keys
 
     @property
     def rag_connector(self) -> ort.InferenceSession:
         """The RAG connector; InputError for a model without a memory."""
-        return self._memory.rag_connector
+        return self.memory_parts.rag_connector
 
     @property
-    def _memory(self) -> MemoryParts:
-        assert self.manifest.memory  # raises
-        assert self.memory
+    def memory_parts(self) -> MemoryParts:
+        """What the model remembers with; InputError for one without a memory."""
+        if self.memory is None:
+            raise no_memory(self.manifest.name)
         return self.memory
 
     @property

@@ -193,9 +193,7 @@ class Manifest:
     def memory(self) -> CompressorSpec:
         """The shapes of a memory; raises InputError for a model that has none."""
         if self.compressor is None:
-            raise InputError(
-                f"the model {self.name} has no memory: it answers without, and cannot be taught"
-            )
+            raise no_memory(self.name)
         return self.compressor
 
     def file(self, path: str) -> FileEntry:
@@ -204,6 +202,11 @@ class Manifest:
             if entry.path == path:
                 return entry
         raise ModelError(f"{MANIFEST_NAME} does not list {path}")
+
+
+def no_memory(name: str) -> InputError:
+    """What is said when a model without a memory is asked to remember."""
+    return InputError(f"the model {name} has no memory: it answers without, and cannot be taught")
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -47,7 +47,7 @@ from tinyalign.runtime.loading import (
     open_session,
     start_loading,
 )
-from tinyalign.runtime.manifest import MemoryMode
+from tinyalign.runtime.manifest import MemoryMode, no_memory
 from tinyalign.runtime.memory_text import MemoryText, add_copy_bonus, read_memory
 from tinyalign.runtime.prompt import (
     Segment,
@@ -549,7 +549,8 @@ class TinyAlign:
 
 def _open_bank(parts: Parts, name: str | Path) -> MemoryBank:
     """Open a bank for reading and bring its keys into memory, so that no question waits for it."""
-    assert parts.memory or parts.manifest.memory  # InputError for a model without a memory
+    if parts.memory is None:
+        raise no_memory(parts.manifest.name)
     own = str(name) == "default"
     place = parts.directory / DEFAULT_BANK if own else name
     label = "default" if own else ""
