@@ -257,7 +257,7 @@ class Cell:
         memory = cells_of(world, batch.memory_rows.tolist()).to(device())
         batch = batch.to(device())
         inputs = embed_batch(
-            batch, cells, memory, parts.embeddings, parts.connector,
+            batch, parts.image_tokens(cells), memory, parts.embeddings,
             self.compressor, parts.rag_connector,  # type: ignore[arg-type]
         )  # fmt: skip
         start = F.pad(self.prompt, (0, 0, 0, inputs.shape[1] - len(self.prompt)))  # [N, D]

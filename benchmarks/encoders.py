@@ -31,8 +31,8 @@ from PIL import Image
 from torch import Tensor
 
 from tinyalign.export.components import export_component
-from tinyalign.export.encoders import Encoder, load_encoder
 from tinyalign.runtime.images import load_for, preprocess
+from tinyalign.training.models.encoders import Encoder, load_encoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 

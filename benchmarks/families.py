@@ -33,11 +33,11 @@ from tinyalign.export.lm import (
     EMBEDDINGS_NAME,
     export_lm,
     lm_spec,
-    round_embeddings,
     write_embeddings,
 )
 from tinyalign.runtime.lm import LanguageModel
 from tinyalign.runtime.loading import open_session
+from tinyalign.training.lm import round_embeddings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/families.json", ROOT / "docs/models.md"

@@ -39,6 +39,7 @@ examples:
   tinyalign-export --weights runs/default/weights --out trial --json
   tinyalign-export --out trial --report quality --report-set mine.jsonl
   tinyalign-export --out small --lm-precision int4 --accept-quality-loss
+  tinyalign-export --out smolvlm --from SmolVLM-256M-Instruct --weights runs/smolvlm/weights
 
 exit codes: 0 written; 1 something failed; 2 an argument or an input cannot be used, the disk is too
 small or too much quality was lost (one line on stderr says why); 130 interrupted with Ctrl-C. Only
@@ -79,9 +80,10 @@ def parser() -> argparse.ArgumentParser:
         "--from",
         dest="source",
         metavar="DIR",
-        type=Path,
-        help="a vision-language model in a Hugging Face directory (LLaVA, Idefics3, SmolVLM, "
-        "nanoVLM) in place of the default one; it has no memory (docs/other-models.md)",
+        help="a vision-language model in a Hugging Face directory, or its name on the hub, "
+        "owner/name or owner/name@revision (LLaVA, Idefics3, SmolVLM, "
+        "nanoVLM) in place of the default one; with --weights it gets the memory that "
+        "tinyalign-train --base has trained for it (docs/other-models.md)",
     )
     p.add_argument(
         "--force",
@@ -191,15 +193,18 @@ def export_other(arguments: argparse.Namespace, target: Path) -> str:
     """The same for somebody else's vision-language model."""
     from tinyalign.runtime.errors import InputError
 
-    if arguments.weights or arguments.report or arguments.minimal:
-        raise InputError("--from goes with neither --weights, --report nor --minimal")
+    if arguments.report or arguments.minimal:
+        raise InputError("--from goes with neither --report nor --minimal")
     precisions = Precisions(**{n: getattr(arguments, f"{n}_precision") for n in CHOICES})
     with Progress() as progress:
         progress("loading torch")
         from tinyalign.export.vlm_dir import export_vlm
+        from tinyalign.training.hub import model_place
 
-        accepted = arguments.accept_quality_loss
-        answers, size = export_vlm(arguments.source, target, precisions, accepted, progress)
+        accepted, source = arguments.accept_quality_loss, model_place(arguments.source)
+        answers, size = export_vlm(
+            source, target, precisions, accepted, progress, arguments.weights
+        )
     if arguments.json:
         found = {"directory": str(target), "bytes": size, "answers": answers.to_dict()}
         return json.dumps(found, indent=1)

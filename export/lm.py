@@ -31,16 +31,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from onnx import TensorProto, helper
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tinyalign.export.graph import GraphWriter, Precision
 from tinyalign.export.lm_families import (
     LAYERS,
-    check_exportable,
     decoder_of,
-    embedding_scale,
     final_norm,
     first_residual,
     window,
@@ -48,7 +45,6 @@ from tinyalign.export.lm_families import (
 from tinyalign.export.lm_layers import (
     Layer,
     add_and_normalize,
-    head_dim,
     kv_heads,
     product,
     rope_tables,
@@ -56,10 +52,10 @@ from tinyalign.export.lm_layers import (
 )
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.manifest import LmSpec
+from tinyalign.training.lm import embedding_rows, embedding_scale
+from tinyalign.training.models.supported import check_exportable, head_dim
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from tinyalign.export.quantize import Blocks
 
 EMBEDDINGS_NAME = "embeddings.bin"
@@ -192,18 +188,3 @@ def write_embeddings(model: PreTrainedModel, path: Path) -> None:
     if not np.isfinite(table).all():
         raise InputError("token embeddings beyond 65504 do not fit into embeddings.bin (float16)")
     path.write_bytes(table.tobytes())
-
-
-def embedding_rows(model: PreTrainedModel) -> NDArray[np.float32]:
-    """The rows of inputs_embeds for all tokens [V, D], as transformers makes them."""
-    rows, scale = weights_of(model.get_input_embeddings()), embedding_scale(model)
-    return rows if scale == 1 else rows * np.float32(scale)
-
-
-def round_embeddings(model: PreTrainedModel) -> None:
-    """Change a model's token embeddings into those that embeddings.bin holds, rounded to float16,
-    so that the runtime and torch agree on them to the last bit (a tied head changes along)."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    scale = embedding_scale(model)
-    weight.data = ((weight.data.float() * scale).half().float() / scale).to(weight.dtype)

@@ -20,19 +20,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tinyalign.export.graph import GraphWriter
 from tinyalign.export.lm_layers import (
-    ACTIVATIONS,
     Layer,
     add_and_normalize,
     attention,
     gated_mlp,
-    head_dim,
     mlp,
     normalize,
     product,
     wanted_rows,
     weights_of,
 )
-from tinyalign.runtime.errors import InputError
+from tinyalign.training.models.supported import activation
 
 LayerFunction: TypeAlias = Callable[[GraphWriter, Layer, str, str | None], tuple[str, str]]
 OPT_OFFSET = 2  # OPT's table of positions starts with two rows that no position uses
@@ -133,12 +131,6 @@ def gate_up(mlp: Any) -> list[nn.Linear]:
     return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
 
 
-def activation(config: PretrainedConfig) -> str:
-    """The name of an MLP's activation."""
-    keys = ("hidden_activation", "activation_function", "hidden_act")  # Gemma's, OPT's, the others'
-    return next(str(getattr(config, key)) for key in keys if getattr(config, key, None))
-
-
 def decoder_of(model: PreTrainedModel) -> Any:
     """The module that holds the layers and the token embeddings."""
     return model.model.decoder if model.config.model_type == "opt" else model.model
@@ -184,83 +176,3 @@ def add_positions(graph: GraphWriter, table: Any) -> str:
     weight = graph.weight("positions", table)
     rows = graph.node("Gather", [weight, places], "inputs.positions", axis=0)  # [N, D]
     return graph.node("Add", ["inputs_embeds", rows], "inputs")
-
-
-def embedding_scale(model: PreTrainedModel) -> float:
-    """By what a family's token embeddings are multiplied on the way to inputs_embeds.
-
-    1 for all but Gemma 3. Gemma 2 multiplies inputs_embeds themselves: `first_residual`.
-    """
-    return float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
-
-
-def check_exportable(config: PretrainedConfig, context: int) -> None:
-    """Raises InputError where a model of this config cannot be written for `context` tokens."""
-    family = config.model_type
-    if family not in LAYERS:
-        raise InputError(
-            f"language models of the type {family!r} are not supported, only "
-            f"{', '.join(sorted(LAYERS))}"
-        )
-    if activation(config) not in ACTIVATIONS:
-        raise InputError(
-            f"the activation {activation(config)!r} is not supported, only "
-            f"{', '.join(sorted(ACTIVATIONS))}"
-        )
-    for reason, holds in unsupported(config):
-        if holds:
-            raise InputError(f"this {family} cannot be exported: {reason}")
-    check_context(config, context)
-
-
-def unsupported(config: PretrainedConfig) -> list[tuple[str, bool]]:
-    """What of a config the graph cannot express, and whether the config has it."""
-
-    def is_set(key: str, wanted: Any) -> bool:
-        return bool(getattr(config, key, wanted) != wanted)
-
-    types = set(getattr(config, "layer_types", None) or ())
-    rotary = int(head_dim(config) * getattr(config, "partial_rotary_factor", 1.0))
-    no_window = "sliding_attention" in types and not config.sliding_window
-    opt, gemma3 = config.model_type == "opt", config.model_type == "gemma3_text"
-    return [
-        ("its heads are no multiple of 8 wide", opt and head_dim(config) % 8 != 0),
-        ("its heads are no multiple of 16 wide", not opt and head_dim(config) % 16 != 0),
-        ("the turned part of its heads is no multiple of 16 wide", not opt and rotary % 16 != 0),
-        ("it turns more than a whole head", rotary > head_dim(config)),
-        ("it has layers with other attention", bool(types - set(KINDS))),
-        ("its sliding layers have no sliding_window", no_window),
-        ("it normalizes queries and keys (qk_layernorm)", is_set("qk_layernorm", False)),
-        ("its attention looks ahead", is_set("use_bidirectional_attention", False)),
-        (
-            "transformers ignores its attn_logit_softcapping",
-            gemma3 and is_set("attn_logit_softcapping", None),
-        ),
-        ("it normalizes after its blocks", opt and is_set("do_layer_norm_before", True)),
-        ("it has no final norm", opt and is_set("_remove_final_layer_norm", False)),
-        ("its norms have no weights", opt and is_set("layer_norm_elementwise_affine", True)),
-        (
-            "its embeddings are narrower than its layers (word_embed_proj_dim)",
-            opt and is_set("word_embed_proj_dim", config.hidden_size),
-        ),
-    ]
-
-
-KINDS = ("full_attention", "sliding_attention")  # of layers
-
-
-def check_context(config: PretrainedConfig, context: int) -> None:
-    """Raises InputError where positions up to `context` are not those of one fixed table."""
-    most, why = None, ""
-    if config.model_type == "opt":
-        most, why = config.max_position_embeddings, "its table of positions ends there"
-    scaling = getattr(config, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in ("longrope", "dynamic"):
-        most = getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
-        why = f"its rotary embedding ({kind}) changes there"
-    if most is not None and context > most:
-        raise InputError(
-            f"this {config.model_type} cannot be exported for {context} tokens, only for {most}: "
-            f"{why}"
-        )

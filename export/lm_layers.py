@@ -19,6 +19,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from tinyalign.export.graph import MICROSOFT, GraphWriter, Precision
 from tinyalign.runtime.errors import InputError
+from tinyalign.training.models.supported import head_dim
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -204,13 +205,6 @@ def rope_tables(
     half = tables[0].shape[-1] // 2  # transformers repeats the table for both halves
     cos, sin = (table[0, :, :half].contiguous().numpy() for table in tables)
     return graph.weight(f"{name}.cos", cos), graph.weight(f"{name}.sin", sin)
-
-
-def head_dim(config: PretrainedConfig) -> int:
-    """Numbers of a head (hd)."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
 
 
 def kv_heads(config: PretrainedConfig) -> int:

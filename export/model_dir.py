@@ -30,7 +30,6 @@ from tinyalign.runtime.manifest import (
     CompressorSpec,
     ConnectorSpec,
     FileEntry,
-    ImageSpec,
     Licence,
     Manifest,
     Precision,
@@ -38,6 +37,7 @@ from tinyalign.runtime.manifest import (
     VisionSpec,
 )
 from tinyalign.training.fingerprint import fingerprint_of
+from tinyalign.training.modules import MemoryShape
 from tinyalign.training.parts import Parts
 from tinyalign.training.sources import PACKAGES
 
@@ -119,19 +119,20 @@ def write_lm(
 
 def examples(parts: Parts, pictures: Sequence[Picture]) -> dict[str, tuple[torch.Tensor, ...]]:
     """Inputs of two or more rows for each component but the language model."""
-    spec, memory = ImageSpec(), parts.compressor.shape
+    spec = parts.image
     pixels = np.stack([preprocess(load_for(p, spec), spec) for p in pictures])
-    cells = torch.ones(2, parts.connector.shape.cells, memory.vision_width)
-    return {
-        "vision": (torch.from_numpy(pixels),),
-        "connector": (cells,),
-        "compressor": (
-            torch.ones(2, memory.max_text_tokens, memory.width),
-            torch.ones(2, memory.chunks, memory.max_text_tokens),
-            cells,
-        ),
-        "rag_connector": (torch.ones(2, memory.latents, memory.latent_width),),
-    }
+    shape = parts.own_connector.shape
+    cells = torch.ones(2, shape.cells, shape.vision_width)
+    memory = memory_examples(parts.compressor.shape, cells)
+    return {"vision": (torch.from_numpy(pixels),), "connector": (cells,), **memory}
+
+
+def memory_examples(shape: MemoryShape, cells: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+    """The same for the compressor, which reads cells [2, C, Dv], and the RAG connector."""
+    words = torch.ones(2, shape.max_text_tokens, shape.width)
+    members = torch.ones(2, shape.chunks, shape.max_text_tokens)
+    latents = torch.ones(2, shape.latents, shape.latent_width)
+    return {"compressor": (words, members, cells), "rag_connector": (latents,)}
 
 
 def write_bank(parts: Parts, source: Path, target: Path) -> None:
@@ -160,19 +161,25 @@ def write_manifest(
         name="default",
         fingerprint=fingerprint_of(parts),
         licences=licences(),
-        image=ImageSpec(),
-        vision=VisionSpec(parts.connector.shape.cells, memory.vision_width),
-        connector=ConnectorSpec(parts.connector.shape.tokens),
-        compressor=CompressorSpec(memory.max_text_tokens, memory.latents, memory.latent_width),
+        image=parts.image,
+        vision=VisionSpec(parts.own_connector.shape.cells, memory.vision_width),
+        connector=ConnectorSpec(parts.own_connector.shape.tokens),
+        compressor=compressor_spec(memory),
         rag_connector=RagConnectorSpec(memory.chunks),
         lm=lm_spec(parts.lm.config, CONTEXT),
         precisions=asdict(precisions),
         prompt=parts.prompt,
+        chat=None,
         files=written_files(directory),
         quality=quality,
     )
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def compressor_spec(shape: MemoryShape) -> CompressorSpec:
+    """A compressor's shapes for the manifest."""
+    return CompressorSpec(shape.max_text_tokens, shape.latents, shape.latent_width)
 
 
 def written_files(directory: Path) -> tuple[FileEntry, ...]:

@@ -36,7 +36,6 @@ from tinyalign.export.quality import (
 from tinyalign.runtime import TinyAlign
 from tinyalign.runtime.images import Picture, load_for, preprocess
 from tinyalign.runtime.loading import open_session
-from tinyalign.runtime.manifest import ImageSpec
 from tinyalign.runtime.memory_text import read_memory
 from tinyalign.training.answer import look, padded_latents, prompt_rows, recall
 from tinyalign.training.batch import text_input
@@ -144,7 +143,7 @@ def real_inputs(
     parts: Parts, banks: Sequence[MemoryBank], pictures: Sequence[Picture]
 ) -> dict[str, tuple[torch.Tensor, ...]]:
     """What real pictures and their nearest memories give each component."""
-    spec, memory = ImageSpec(), parts.compressor.shape
+    spec, memory = parts.image, parts.compressor.shape
     pixels = np.stack([preprocess(load_for(p, spec), spec) for p in pictures])
     with torch.inference_mode():
         cells = parts.vision(torch.from_numpy(pixels))

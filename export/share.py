@@ -12,21 +12,20 @@ import glob
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tinyalign.export.share_card import model_card
 from tinyalign.export.target import check_target, replacing
-from tinyalign.runtime.errors import InputError, ModelError, TinyAlignError
+from tinyalign.runtime.errors import InputError, ModelError
 from tinyalign.runtime.files import file_sha256, verify_files
 from tinyalign.runtime.manifest import MANIFEST_NAME, Manifest, read_manifest
+from tinyalign.training.hub import hub, hub_errors
 
 CARD_NAME = "README.md"
 GRAPHS = (".onnx", ".onnx.data", ".ort")  # nothing of the kind may lie in a repository unlisted
 FULL_COMMIT = re.compile("[0-9a-f]{40}")
-REFUSED = {401, 403, 404}
 
 
 def push(directory: Path, repo: str, private: bool = False) -> str:
@@ -41,7 +40,7 @@ def push(directory: Path, repo: str, private: bool = False) -> str:
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
     api = hub()
-    with in_one_line(repo):
+    with hub_errors(repo):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         api.create_repo(repo, private=private or None, exist_ok=True)
@@ -72,7 +71,7 @@ def pull(repo: str, target: Path, revision: str, force: bool = False) -> Manifes
     """
     check_target(target, force)
     api = hub()
-    with in_one_line(repo):
+    with hub_errors(repo):
         check_pinned(api, repo, revision)
         info = api.model_info(repo, revision=revision, files_metadata=True)
         if info.sha != revision:
@@ -98,17 +97,6 @@ def pull(repo: str, target: Path, revision: str, force: bool = False) -> Manifes
             if path.stat().st_size != entry.bytes or file_sha256(path) != entry.sha256:
                 raise ModelError(f"{where} is damaged: {entry.path} is not what its SHA-256 says")
     return manifest
-
-
-def hub() -> Any:
-    """The hub that HF_ENDPOINT names, or the public one; InputError if its client is missing."""
-    try:
-        from huggingface_hub import HfApi
-    except ModuleNotFoundError:
-        raise InputError(
-            "huggingface_hub is not installed: pip install 'tinyalign[share]' brings it"
-        ) from None
-    return HfApi(library_name="tinyalign")
 
 
 def model_files(manifest: Manifest) -> list[str]:
@@ -166,32 +154,8 @@ def check_disk(target: Path, manifest: Manifest) -> None:
 
 def download(api: Any, repo: str, commit: str, names: Sequence[str], folder: Path) -> None:
     """Download files of a commit into a folder, and remove what the client keeps beside them."""
-    with in_one_line(repo):
+    with hub_errors(repo):
         api.snapshot_download(
             repo, revision=commit, local_dir=folder, allow_patterns=list(map(glob.escape, names))
         )
     shutil.rmtree(folder / ".cache", ignore_errors=True)
-
-
-@contextmanager
-def in_one_line(repo: str) -> Iterator[None]:
-    """What the hub's client raises as one line: InputError when what was asked for is at fault,
-    TinyAlignError when the network or the hub is."""
-    try:
-        yield
-    except TinyAlignError:
-        raise
-    except Exception as error:  # it passes on those of whichever HTTP library it uses
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        kind = type(error).__name__
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if kind == "RevisionNotFoundError":
-            raise InputError(f"{repo} has no such revision") from None
-        if status in REFUSED:
-            raise InputError(
-                f"{repo} is not there, or not for you (HTTP {status}; `hf auth login` says who you "
-                "are)"
-            ) from None
-        if kind == "HFValidationError":
-            raise InputError(f"{repo} is no name of a repository: {said}") from None
-        raise TinyAlignError(f"{repo}: {kind}: {said}") from error

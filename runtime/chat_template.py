@@ -2,8 +2,9 @@
 
 A chat template is a program that writes a conversation as one text. What it writes *between* the
 messages depends, in nearly all templates, only on who speaks before and after that place. So eight
-texts say all of it, and no template engine is needed to write a conversation. export/chat_template
-finds these texts and checks them; docs/chat-templates.md says for which families they are enough.
+texts say all of it, and no template engine is needed to write a conversation.
+training/models/chat_template.py finds these texts and checks them; docs/chat-templates.md says for
+which families they are enough.
 
     before_system S1 system_to_user U1 user_to_assistant A1 assistant_to_user U2 user_to_answer
     before_user   U1 user_to_assistant A1 after_assistant
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from tinyalign.runtime.errors import InputError
+from tinyalign.runtime.manifest import Between, ChatTemplate
 from tinyalign.runtime.prompt import encode_text
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
@@ -37,39 +39,6 @@ class Message:
 
     role: Role
     text: str
-
-
-@dataclass(frozen=True)
-class Between:
-    """A text between two messages, or at either end.
-
-    `lstrip`, `rstrip`: it takes the white space that the message before it ends with, and that the
-    message after it begins with.
-    """
-
-    text: str
-    lstrip: bool = False
-    rstrip: bool = False
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """What stands before, between and after the messages, by who speaks on either side.
-
-    The first texts hold the BOS token, and `before_user` the default system message, where the
-    template has them.
-    """
-
-    before_user: Between
-    user_to_assistant: Between
-    assistant_to_user: Between
-    user_to_answer: Between  # after the last question: from here on the model writes
-    after_user: Between  # the end, when no answer is asked for
-    after_assistant: Between
-    before_system: Between
-    system_to_user: Between
-    no_system: str  # why there can be no system message; "" where there can
-    stop: tuple[str, ...]  # tokens that end an answer
 
 
 @dataclass(frozen=True)

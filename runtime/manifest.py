@@ -19,7 +19,8 @@ from tinyalign.runtime.errors import InputError, ModelError
 
 # 2: latents of chunks, memory modes, copy bonus. 3: pictures are scaled by channel and may be
 # cropped, so that other encoders get what they were trained on; a model need not have a memory.
-FORMAT = 3
+# 4: a text behind the memories, the model's own chat template.
+FORMAT = 4
 MANIFEST_NAME = "tinyalign.json"
 NEXT_TOKENS = "next_tokens.bin"  # u32 [V], what most often follows each token; need not be there
 MAX_MANIFEST_BYTES = 4 << 20
@@ -123,6 +124,7 @@ class PromptSpec:
         str | int, ...
     ]  # texts and slot counts; the counts add up to the connector's tokens
     memory: str  # before each memory's tokens; holds "{similarity}"
+    memory_end: str  # after the last memory
     question: str  # holds "{question}"
     similarity: tuple[
         tuple[str, float], ...
@@ -140,6 +142,39 @@ class PromptSpec:
     unknown_margin: float = 0.0
     # What answers often say: guesses for decoding, which never change an answer (`decode.py`).
     phrases: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """A text between two messages, or at either end.
+
+    `lstrip`, `rstrip`: it takes the white space that the message before it ends with, and that the
+    message after it begins with.
+    """
+
+    text: str
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """What stands before, between and after the messages, by who speaks on either side.
+
+    The first texts hold the BOS token, and `before_user` the default system message, where the
+    template has them.
+    """
+
+    before_user: Between
+    user_to_assistant: Between
+    assistant_to_user: Between
+    user_to_answer: Between  # after the last question: from here on the model writes
+    after_user: Between  # the end, when no answer is asked for
+    after_assistant: Between
+    before_system: Between
+    system_to_user: Between
+    no_system: str  # why there can be no system message; "" where there can
+    stop: tuple[str, ...]  # tokens that end an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +201,7 @@ class Manifest:
     lm: LmSpec
     precisions: dict[str, Precision]
     prompt: PromptSpec
+    chat: ChatTemplate | None  # of the language model, where its template is known and can be told
     files: tuple[FileEntry, ...]
     quality: dict[str, Any]  # what the export measured; free form
     format: int = FORMAT

@@ -418,8 +418,8 @@ class TinyAlign:
         reused = state.keep_common(rows)
         random = sampling.generator()
         logits = parts.lm.forward(state, rows[reused:])[0]
-        if hits and mode != "latent":
-            logits[self._unknown] -= parts.manifest.prompt.unknown_margin
+        if hits and mode != "latent" and (margin := parts.manifest.prompt.unknown_margin):
+            logits[self._unknown] -= margin
         token = pick(logits, sampling, random)  # nothing to copy yet
         prefilled = time.perf_counter()
 

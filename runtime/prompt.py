@@ -63,6 +63,8 @@ def build_prompt(
     for index, word in enumerate(similarities):
         text = spec.memory.replace("{similarity}", word)
         segments += [TokenSegment(encode_template(tokenizer, text)), MemorySegment(index)]
+    if similarities:
+        segments.append(TokenSegment(encode_template(tokenizer, spec.memory_end)))
     before, after = spec.question.split("{question}")
     segments += [
         TokenSegment(encode_template(tokenizer, before)),

@@ -20,16 +20,16 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from tinyalign.export.chat_template import (
+from tinyalign.runtime.chat_template import Between, ChatTemplate, Message, Said, encode, render
+from tinyalign.runtime.errors import InputError
+from tinyalign.runtime.prompt import encode_question, encode_template
+from tinyalign.training.models.chat_template import (
     check,
     derive,
     plain_tokenizer,
     prompt_pieces,
     read_chat_tokenizer,
 )
-from tinyalign.runtime.chat_template import Between, ChatTemplate, Message, Said, encode, render
-from tinyalign.runtime.errors import InputError
-from tinyalign.runtime.prompt import encode_question, encode_template
 
 # Templates with the structure of the families' own, written anew and much shorter.
 EACH = "{% for m in messages %}"

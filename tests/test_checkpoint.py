@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tinyalign.export.checkpoint import INDEX, WEIGHTS, open_checkpoint, rope_theta
 from tinyalign.runtime.errors import InputError
+from tinyalign.training.models.checkpoint import INDEX, WEIGHTS, open_checkpoint, rope_theta
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyalign.export.components import SIGNATURES, export_component
-from tinyalign.export.vlm import Projector
 from tinyalign.training.modules import (
     Compressor,
     Connector,
     ConnectorShape,
     MemoryShape,
+    Projector,
     RagConnector,
     SoftVocabulary,
 )

@@ -30,10 +30,10 @@ from tiny_encoders import (
 from torch import Tensor
 
 from tinyalign.export.components import export_component
-from tinyalign.export.encoders import SUPPORTED, load_encoder
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.images import load_for, preprocess
 from tinyalign.runtime.manifest import ImageSpec, VisionSpec
+from tinyalign.training.models.encoders import SUPPORTED, load_encoder
 from tinyalign.training.sources import SourceError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -25,19 +25,19 @@ from transformers import (
 from tinyalign.export import language_models
 from tinyalign.export.gptq import calibrate
 from tinyalign.export.graph import Precision
-from tinyalign.export.language_models import check_memory, load_language_model
 from tinyalign.export.lm import (
     EMBEDDINGS_NAME,
-    embedding_rows,
     export_lm,
     lm_spec,
     write_embeddings,
 )
-from tinyalign.export.lm_families import LAYERS, check_exportable
+from tinyalign.export.lm_families import LAYERS
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.lm import LanguageModel
 from tinyalign.runtime.loading import open_session
-from tinyalign.training.lm import LLAMA_LAYER, LLAMA_TOP
+from tinyalign.training.lm import LLAMA_LAYER, LLAMA_TOP, embedding_rows
+from tinyalign.training.models.language_models import check_memory, load_language_model
+from tinyalign.training.models.supported import check_exportable
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

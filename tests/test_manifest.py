@@ -47,8 +47,8 @@ def test_round_trip(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        ("format", 4, "format 4, newer than 3"),
-        ("format", 2, "format 2, older than 3: export it again"),
+        ("format", 5, "format 5, newer than 4"),
+        ("format", 3, "format 3, older than 4: export it again"),
         ("format", "1", "format is not a positive"),
         ("format", True, "format is not a positive"),
         ("format", ..., "format is not a positive"),
@@ -106,7 +106,7 @@ def test_a_wrong_manifest_is_refused(model: Path, keys: str, value: Any, message
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 3}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 4}', "[" * 100_000, "\xff"])
 def test_no_manifest_at_all(model: Path, text: str) -> None:
     (model / MANIFEST_NAME).write_text(text, encoding="latin-1")
     with pytest.raises(ModelError):

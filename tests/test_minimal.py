@@ -16,13 +16,13 @@ from tiny_model import language_model, picture, tokenizer
 
 from tinyalign.export import cli, minimal, model_dir
 from tinyalign.export.components import export_component
-from tinyalign.export.encoders import load_encoder
 from tinyalign.export.lm import export_lm, write_embeddings
 from tinyalign.export.minimal import OPERATORS_NAME, required_operators, write_minimal, write_ort
 from tinyalign.runtime import ModelError, TinyAlign, TinyAlignError
 from tinyalign.runtime.files import file_entry
 from tinyalign.runtime.manifest import MANIFEST_NAME, read_manifest
 from tinyalign.runtime.providers import RECORD_PLACEMENT, placement_lines
+from tinyalign.training.models.encoders import load_encoder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

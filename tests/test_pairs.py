@@ -14,14 +14,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from torch import nn
 
 from tinyalign.export.components import export_component
-from tinyalign.export.encoders import Encoder, load_encoder
 from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, write_embeddings
 from tinyalign.export.precisions import FLOATS
-from tinyalign.export.vlm import Projector, Vlm
 from tinyalign.export.vlm_dir import context_of, torch_answer, write_vlm_manifest
-from tinyalign.export.vlm_prompt import FLOORS
 from tinyalign.runtime import TinyAlign
 from tinyalign.runtime.manifest import PromptSpec
+from tinyalign.training.models.encoders import Encoder, load_encoder
+from tinyalign.training.models.vlm import Vlm
+from tinyalign.training.models.vlm_prompt import FLOORS
+from tinyalign.training.modules import Projector
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -46,6 +47,7 @@ PROMPT = PromptSpec(
     system="look: ",
     image=(tiny_encoders.PATCHES,),
     memory="",
+    memory_end="",
     question="\n{question}\n",
     similarity=FLOORS,
     stop=("<end>",),
@@ -92,7 +94,7 @@ def test_every_pair_answers_as_in_torch(
     connector, place = connectors[lm.config.hidden_size]
     answers = set()
     for encoder, source in encoders.values():
-        vlm = Vlm("pair", encoder, connector, tiny_encoders.PATCHES, lm, tokenizer(), PROMPT)
+        vlm = Vlm("pair", encoder, connector, tiny_encoders.PATCHES, lm, tokenizer(), PROMPT, None)
         target = tmp_path / encoder.model_type
         target.mkdir()
         for path in (*source.glob("vision.onnx*"), *place.glob("connector.onnx*")):

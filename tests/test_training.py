@@ -44,7 +44,7 @@ from tinyalign.training.modules import (
 from tinyalign.training.parts import Parts, load_parts, save_parts
 from tinyalign.training.recipe import PROMPT, Recipe, Stage
 from tinyalign.training.vocabulary import name_ids
-from tinyalign.training.world import World, make_world
+from tinyalign.training.world import World, cells_of, make_world
 
 DV, D, CLASSES = 24, tiny_model.D, 5
 CONNECTOR = ConnectorShape(vision_width=DV, width=D, hidden=16, cell_width=4)
@@ -116,10 +116,9 @@ def loss_of(world: World, episodes: list[Episode]) -> Tensor:
     batch = make_batch(episodes, parts.prompt, parts.tokenizer, MEMORY)
     inputs = embed_batch(
         batch,
-        torch.from_numpy(world.cells[batch.image_rows.numpy()].astype(np.float32)),
-        torch.from_numpy(world.cells[batch.memory_rows.numpy()].astype(np.float32)),
+        parts.image_tokens(cells_of(world, batch.image_rows.tolist())),
+        cells_of(world, batch.memory_rows.tolist()),
         parts.embeddings,
-        parts.connector,
         parts.compressor,
         parts.rag_connector,
     )
@@ -157,8 +156,8 @@ def test_training_embeds_the_prompt_that_the_runtime_embeds(
     cells = torch.from_numpy(world.cells[:1].astype(np.float32))
     memory_cells = torch.from_numpy(world.cells[batch.memory_rows.numpy()].astype(np.float32))
     trained = embed_batch(
-        batch, cells, memory_cells, parts.embeddings,
-        parts.connector, parts.compressor, parts.rag_connector,
+        batch, parts.image_tokens(cells), memory_cells, parts.embeddings,
+        parts.compressor, parts.rag_connector,
     )[0].detach()  # fmt: skip
 
     texts = [memory.text for memory in one.memories]

@@ -29,12 +29,12 @@ from transformers.models.idefics3.image_processing_idefics3 import Idefics3Image
 
 from tinyalign.export.cli import main
 from tinyalign.export.precisions import FLOATS
-from tinyalign.export.vlm import load_vlm
 from tinyalign.export.vlm_dir import torch_answer, write_vlm, write_vlm_manifest
 from tinyalign.runtime import TinyAlign
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.images import load_for, preprocess
 from tinyalign.runtime.prompt import TokenSegment, build_prompt
+from tinyalign.training.models.vlm import load_vlm
 
 SPECIAL = (
     "<s>",

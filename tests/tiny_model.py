@@ -44,6 +44,7 @@ PROMPT = PromptSpec(
     system="<|im_start|>user\n",
     image=("Here:", 2, ", then", 1, "."),
     memory="\nMemory ({similarity}):",
+    memory_end="\n",
     question="\n{question}<|im_end|>\n<|im_start|>assistant\n",
     similarity=(("same", 0.99), ("close", 0.5), ("similar", -1.0)),
     stop=("<|im_end|>", "<|endoftext|>"),
@@ -148,6 +149,7 @@ def write_manifest(directory: Path, vocab: int) -> None:
         lm=LmSpec(vocab, D, layers=2, kv_heads=1, head_dim=D // 2, context=CONTEXT),
         precisions={"lm": "fp32"},
         prompt=PROMPT,
+        chat=None,
         files=tuple(file_entry(directory, name) for name in FILES),
         quality={},
     )

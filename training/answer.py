@@ -21,7 +21,7 @@ from torch import Tensor
 from tinyalign.bank import Hit, MemoryBank, search_banks
 from tinyalign.runtime.images import Picture, load_for, preprocess
 from tinyalign.runtime.keys import make_key, mean_embedding
-from tinyalign.runtime.manifest import ImageSpec, MemoryMode, PromptSpec
+from tinyalign.runtime.manifest import MemoryMode, PromptSpec
 from tinyalign.runtime.memory_text import MemoryText, add_copy_bonus, read_memory
 from tinyalign.runtime.prompt import (
     build_prompt,
@@ -31,7 +31,6 @@ from tinyalign.runtime.prompt import (
     relevant,
     similarity_word,
 )
-from tinyalign.training.lm import token_table
 from tinyalign.training.parts import Parts
 
 
@@ -77,7 +76,7 @@ def answer_cells(
 @torch.inference_mode()
 def look(parts: Parts, picture: Picture) -> Tensor:
     """The picture's features [1, C, Dv]."""
-    spec = ImageSpec()
+    spec = parts.image
     pixels = preprocess(load_for(picture, spec), spec)  # [3, S, S]
     cells: Tensor = parts.vision(torch.from_numpy(pixels)[None])
     return cells
@@ -109,7 +108,7 @@ def prompt_rows(
     """The language model's input [1, N, D] for a picture [1, C, Dv], a question and memories."""
     words = [similarity_word(parts.prompt, hit.score, -1.0) or "" for hit in hits]
     segments = build_prompt(parts.prompt, parts.tokenizer, question, words)
-    image = parts.connector(cells)[0][0]  # [T, D]
+    image = parts.image_tokens(cells)[0]  # [T, D]
     memories = memory_tokens(parts, hits, mode or parts.prompt.memory_mode)
     rows = embed(segments, parts.embeddings.detach().numpy(), image.numpy(), memories)
     return torch.from_numpy(rows)[None]
@@ -153,12 +152,13 @@ def continue_greedily(
     mode: MemoryMode | None = None,
 ) -> list[int]:
     """Likeliest tokens after rows [1, N, D], up to a stop token (left out) or `limit` tokens."""
-    lm, table, stop = parts.lm, token_table(parts.lm), stop_ids(parts)
+    lm, table, stop = parts.lm, parts.embeddings, stop_ids(parts)
     sentences = [sentence for text in memory_texts(parts, hits) for sentence in text.to_copy()]
     ids: list[int] = []
     output = lm(inputs_embeds=rows, use_cache=True, logits_to_keep=1)
-    if hits and (mode or parts.prompt.memory_mode) != "latent":
-        output.logits[0, -1, unknown_id(parts)] -= parts.prompt.unknown_margin
+    margin = parts.prompt.unknown_margin
+    if hits and margin and (mode or parts.prompt.memory_mode) != "latent":
+        output.logits[0, -1, unknown_id(parts)] -= margin
     while (token := choice(output.logits[0, -1], ids, sentences, parts.prompt)) not in stop:
         ids.append(token)
         if len(ids) == limit:

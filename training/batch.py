@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from tinyalign.runtime.manifest import MemoryMode, PromptSpec
 from tinyalign.runtime.memory_text import MemoryText, copies, read_memory
@@ -27,7 +27,7 @@ from tinyalign.runtime.prompt import (
     encode_template,
     encode_text,
 )
-from tinyalign.training.modules import Compressor, Connector, MemoryShape, RagConnector
+from tinyalign.training.modules import Compressor, MemoryShape, RagConnector
 
 
 @dataclass(frozen=True)
@@ -212,10 +212,9 @@ def make_batch(
 
 def embed_batch(
     batch: Batch,
-    cells: Tensor,
+    image: Tensor,
     memory_cells: Tensor,
     embeddings: Tensor,
-    connector: Connector,
     compressor: Compressor,
     rag_connector: RagConnector,
     image_keep: Tensor | None = None,
@@ -224,15 +223,14 @@ def embed_batch(
 
     Args:
         batch: of B episodes with K memories.
-        cells: [B, C, Dv] of the pictures asked about.
+        image: the connector's tokens [B, T, D] for the pictures asked about.
         memory_cells: [K, C, Dv] of the memories' pictures.
         embeddings: the LM's token embeddings [V, D].
-        connector, compressor, rag_connector: the parts.
+        compressor, rag_connector: the parts.
         image_keep: [B] 0 where the picture's tokens are blanked (dropout), else 1.
     """
     count, width = batch.ids.shape
     flat = F.embedding(batch.ids, embeddings).float().flatten(0, 1)  # [B * N, D]
-    image, _ = connector(cells)  # [B, T, D]
     if image_keep is not None:
         image = image * image_keep[:, None, None]
     flat = flat.index_copy(0, batch.image_places, image.flatten(0, 1))
@@ -244,14 +242,14 @@ def embed_batch(
 
 
 def answer_loss(
-    lm: LlamaForCausalLM, inputs: Tensor, batch: Batch, copy_bonus: Tensor | None = None
+    lm: PreTrainedModel, inputs: Tensor, batch: Batch, copy_bonus: Tensor | None = None
 ) -> Tensor:
     """Mean cross-entropy of the answer tokens in nats; `copy_bonus` [3] is the RAG connector's."""
     return F.cross_entropy(*answer_logits(lm, inputs, batch, copy_bonus))
 
 
 def answer_logits(
-    lm: LlamaForCausalLM, inputs: Tensor, batch: Batch, copy_bonus: Tensor | None = None
+    lm: PreTrainedModel, inputs: Tensor, batch: Batch, copy_bonus: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Logits [S, V] of all answer tokens of a batch and what they are to be [S].
 
@@ -265,6 +263,8 @@ def answer_logits(
     ).last_hidden_state
     wanted = batch.labels >= 0
     logits = lm.lm_head(hidden[wanted]).float()
+    if cap := getattr(lm.config, "final_logit_softcapping", None):  # Gemma's
+        logits = cap * torch.tanh(logits / cap)
     if copy_bonus is not None:
         places = (batch.copies.rows, batch.copies.ids)
         logits = logits.index_put(places, copy_bonus[batch.copies.lengths], accumulate=True)

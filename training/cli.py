@@ -18,6 +18,8 @@ Train the default model: prepare the pictures (downloaded once, hash-checked), t
   stage 0  compressor and connectors, mostly without the language model (minutes)
   stage 1  connectors with retrieved memories, through the frozen language model
   stage 2  fine-tuning with LoRA on episodes that teach when to trust a memory
+--base trains a memory for somebody else's vision-language model instead, of which nothing is
+changed: compressor and RAG connector, the key recipe and a bank (stages 0 and 1).
 --data adds pictures of your own, with questions and answers in LLaVA's JSON; a fixed 15 % of their
 concepts is held out.
 The run can be stopped at any time (Ctrl-C); the same command continues it. It ends with a weights
@@ -51,14 +53,18 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         metavar="DIR",
         type=Path,
-        default=Path("runs/default"),
-        help="run directory (default: %(default)s)",
+        help="run directory (default: runs/default; with --base, runs/ and the model's name)",
+    )
+    made.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="directory of a vision-language model (LLaVA, Idefics3, SmolVLM, nanoVLM), or its "
+        "name on the Hugging Face hub: owner/name or owner/name@revision",
     )
     made.add_argument(
         "--until",
         choices=("prepare", "0", "1", "2"),
-        default="2",
-        help="stop after this stage (default: %(default)s)",
+        help="stop after this stage (default: the last one)",
     )
     made.add_argument("--seed", metavar="N", type=int, default=17, help="random seed (default: 17)")
     made.add_argument(
@@ -66,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="X",
         type=float,
         default=1.0,
-        help="multiply the steps of every stage, for instance 0.1 for a quick look (default: 1)",
+        help="multiply the steps of every stage, for instance 0.1 for a quick look (default: 1); "
+        "with --base the number of pictures as well",
     )
     made.add_argument(
         "--data",
@@ -106,6 +113,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not arguments.scale > 0:
         raise InputError("--scale must be greater than 0")
+    if arguments.base is not None:
+        train_base(arguments)
+        return
     from tinyalign.training.llava import read_data
     from tinyalign.training.parts import DEFAULT_WEIGHTS, copy_weights
     from tinyalign.training.pipeline import scaled, train
@@ -113,9 +123,32 @@ def run(arguments: argparse.Namespace) -> None:
 
     recipe = scaled(dataclasses.replace(Recipe(), seed=arguments.seed), arguments.scale)
     data = [read_data(file, images) for file, images in arguments.data]
-    train(recipe, arguments.out, arguments.until, data)
-    if arguments.install and arguments.until == "2":
-        copy_weights(arguments.out / "weights", DEFAULT_WEIGHTS)
+    directory, until = arguments.out or Path("runs/default"), arguments.until or "2"
+    train(recipe, directory, until, data)
+    if arguments.install and until == "2":
+        copy_weights(directory / "weights", DEFAULT_WEIGHTS)
+
+
+def train_base(arguments: argparse.Namespace) -> None:
+    """Train a memory for another model."""
+    from tinyalign.runtime.errors import InputError
+
+    if arguments.install:
+        raise InputError("--install is for the default model: --base has weights of its own")
+    if arguments.until == "2":
+        raise InputError("--base ends with stage 1: the language model stays as it is")
+    from tinyalign.training import base
+    from tinyalign.training.hub import model_place
+    from tinyalign.training.llava import read_data
+    from tinyalign.training.models.vlm import load_vlm
+
+    data = [read_data(file, images) for file, images in arguments.data]
+    source = model_place(arguments.base)
+    name = arguments.base.rstrip("/").split("@")[0].split("/")[-1]
+    directory = arguments.out or Path("runs") / name
+    vlm = load_vlm(source)
+    until = arguments.until or "1"
+    base.train_base(vlm, name, directory, arguments.seed, arguments.scale, until, data)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ glosses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +13,21 @@ import torch.nn.functional as F
 from tinyalign.bank import Bank, NewMemory, content_hash
 from tinyalign.runtime.memory_text import read_memory
 from tinyalign.training.batch import text_input
-from tinyalign.training.features import ORDER, Record, load_thumbnails
+from tinyalign.training.features import Record
 from tinyalign.training.fingerprint import fingerprint_of
 from tinyalign.training.world import World, cells_of
 
 CHUNK = 256
 
 
-def build_bank(world: World, path: Path, sources: Sequence[str] = ORDER) -> None:
+def build_bank(world: World, path: Path, thumbnails: Mapping[str, bytes]) -> None:
     """Write the world's memories as a sealed bank file, replacing one that is there.
 
-    `sources` are those of the feature cache that have thumbnails.
+    `thumbnails`: small pictures by picture id, as far as there are any.
     """
     parts = world.parts
     assert parts.keys is not None
     path.unlink(missing_ok=True)
-    thumbnails = load_thumbnails(sources=sources)
     shape = parts.compressor.shape
     with Bank.create(
         path,

@@ -62,12 +62,12 @@ class Taught:
 
 
 def rows_by_source(
-    records: Sequence[Record], sources: Sequence[str] = tuple(SHARES)
+    records: Sequence[Record], sources: Sequence[str] = tuple(SHARES), split: str = "train"
 ) -> dict[str, list[int]]:
-    """Training rows of every source."""
+    """Rows of every source on one side of the split."""
     rows: dict[str, list[int]] = {source: [] for source in sources}
     for row, record in enumerate(records):
-        if record.split == "train" and record.source in rows:
+        if record.split == split and record.source in rows:
             rows[record.source].append(row)
     return {source: found for source, found in rows.items() if found}
 

@@ -51,6 +51,7 @@ VIEWS |= {"noto": 2, "twemoji": 2, "flat": 1, "turned": 1}
 SCENES = 8000
 RULES = 2  # of what records say; raise it where a rule changes
 BATCH = 16
+SLOW = 10  # pictures a second, under which every batch is reported
 PROTOTYPE_VIEWS = 2
 IMAGE = ImageSpec(
     size=IMAGE_SIZE,
@@ -120,7 +121,7 @@ def load_features(
         path = features_dir(cache) / f"{source}.f16"
         if not path.is_file():
             continue
-        found = _read_records(path.with_suffix(".jsonl"))
+        found = read_records(path.with_suffix(".jsonl"))
         rows = min(len(found), path.stat().st_size // _ROW_BYTES)
         if rows:
             arrays.append(np.memmap(path, np.float16, "r", shape=(rows, CELLS, WIDTH)))
@@ -136,10 +137,14 @@ def load_thumbnails(cache: Path | None = None, sources: Sequence[str] = ORDER) -
     for source in sources:
         path = features_dir(cache) / f"{source}.thumbs.jsonl"
         if path.is_file():
-            for line in path.read_text().splitlines():
-                entry = json.loads(line)
-                found[entry["id"]] = base64.b64decode(entry["webp"])
+            found |= read_thumbnails(path)
     return found
+
+
+def read_thumbnails(path: Path) -> dict[str, bytes]:
+    """The same of one file."""
+    entries = map(json.loads, path.read_text().splitlines())
+    return {entry["id"]: base64.b64decode(entry["webp"]) for entry in entries}
 
 
 def build_features(cache: Path | None = None, sources: Sequence[str] = ORDER + STYLES) -> None:
@@ -160,8 +165,16 @@ def jobs(source: str, done: set[tuple[str, int]], cache: Path) -> Iterator[Job]:
     """The rows of a source that are not done yet, in a fixed order."""
     if source == "composites":
         yield from _scene_jobs(done, cache)
-        return
-    for picture in _pictures(source, cache):
+    else:
+        yield from picture_jobs(_pictures(source, cache), done, cache)
+
+
+def picture_jobs(
+    pictures: Sequence[Picture], done: set[tuple[str, int]], cache: Path
+) -> Iterator[Job]:
+    """The views of some pictures that are not done yet."""
+    for picture in pictures:
+        source = picture.source
         todo = [v for v in range(VIEWS[source]) if (picture.id, v) not in done]
         if not todo:
             continue
@@ -230,24 +243,32 @@ def _scene_jobs(done: set[tuple[str, int]], cache: Path) -> Iterator[Job]:
 
 
 def _build_source(source: str, cache: Path) -> None:
-    done = done_rows(source, cache)
+    path = features_dir(cache) / f"{source}.f16"
+    done = done_rows(path)
     total = _total(source, cache)
     if len(done) < total:
-        append_rows(source, jobs(source, done, cache), len(done), total, cache)
+        append_rows(path, jobs(source, done, cache), len(done), total, encoder(cache))
 
 
-def done_rows(source: str, cache: Path) -> set[tuple[str, int]]:
-    """(picture id, view) of a source's rows; what was only half written is cut off."""
-    records = _trim_to_whole_rows(features_dir(cache) / f"{source}.f16")
-    return {(record.id, record.view) for record in records}
+def done_rows(path: Path, row_bytes: int = _ROW_BYTES) -> set[tuple[str, int]]:
+    """(picture id, view) of a file's rows; what was only half written is cut off."""
+    return {(record.id, record.view) for record in _trim_to_whole_rows(path, row_bytes)}
 
 
-def append_rows(source: str, stream: Iterator[Job], done: int, total: int, cache: Path) -> None:
-    """Encode jobs and append them to a source's files; progress with time left on stderr."""
-    path = features_dir(cache) / f"{source}.f16"
-    encode = encoder(cache)
+def append_rows(
+    path: Path,
+    stream: Iterator[Job],
+    done: int,
+    total: int,
+    encode: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    image: ImageSpec = IMAGE,
+) -> None:
+    """Encode jobs and append them to a file and those beside it; progress with time left on stderr.
+
+    `encode` turns pixels f32 [B, 3, S, S], as `image` says, into a row for each picture.
+    """
     started, made = time.monotonic(), 0
-    thumbs_path = features_dir(cache) / f"{source}.thumbs.jsonl"
+    thumbs_path = path.with_suffix(".thumbs.jsonl")
     with (
         path.open("ab") as rows,
         path.with_suffix(".jsonl").open("a") as index,
@@ -257,7 +278,7 @@ def append_rows(source: str, stream: Iterator[Job], done: int, total: int, cache
 
         def next_batch() -> tuple[list[Job], NDArray[np.float32]]:
             batch = list(islice(stream, BATCH))
-            pixels = [preprocess(job.image, IMAGE) for job in batch]
+            pixels = [preprocess(job.image, image) for job in batch]
             return batch, np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), np.float32)
 
         waiting = ahead.submit(next_batch)
@@ -276,11 +297,12 @@ def append_rows(source: str, stream: Iterator[Job], done: int, total: int, cache
                     thumbs.write(json.dumps({"id": job.record.id, "webp": webp}) + "\n")
             thumbs.flush()
             made += len(batch)
-            if made % (BATCH * 10) == 0 or made + done >= total:
-                speed = made / (time.monotonic() - started)
+            speed = made / (time.monotonic() - started)
+            if made % (BATCH * 10) == 0 or made + done >= total or speed < SLOW:
                 left = max(total - made - done, 0) / speed
                 print(
-                    f"features {source}: {made + done}/{total}, {speed:.1f}/s, {left:.0f} s left",
+                    f"features {path.stem}: {made + done}/{total}, "
+                    f"{speed:.1f}/s, {left:.0f} s left",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
 
@@ -330,7 +352,7 @@ def _build_prototypes(cache: Path) -> None:
     """Pseudo-features of the 1000 classes, see `prototype_cells`."""
     path = features_dir(cache) / "prototypes.f16"
     classes = imagenet_classes(cache)
-    if len(_trim_to_whole_rows(path)) == len(classes) * PROTOTYPE_VIEWS:
+    if len(_trim_to_whole_rows(path, _ROW_BYTES)) == len(classes) * PROTOTYPE_VIEWS:
         return
     stored, records = load_features(cache, ("emoji", "furniture"))
     keep = np.array([record.split == "train" for record in records])
@@ -384,7 +406,7 @@ def prototype_cells(real: Cells, weight: Cells, bias: Cells) -> Cells:
 # ------------------------------------------------------------------ files
 
 
-def _read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
     if not path.is_file():
         return []
     records = []
@@ -397,16 +419,16 @@ def _read_records(path: Path) -> list[Record]:
     return records
 
 
-def _trim_to_whole_rows(path: Path) -> list[Record]:
+def _trim_to_whole_rows(path: Path, row_bytes: int) -> list[Record]:
     """Cut both files of a source to the rows both hold; returns the records left."""
     if not path.is_file():
         path.with_suffix(".jsonl").unlink(missing_ok=True)
         return []
     index = path.with_suffix(".jsonl")
-    records = _read_records(index)
-    rows = min(len(records), path.stat().st_size // _ROW_BYTES)
-    if path.stat().st_size != rows * _ROW_BYTES:
-        os.truncate(path, rows * _ROW_BYTES)
+    records = read_records(index)
+    rows = min(len(records), path.stat().st_size // row_bytes)
+    if path.stat().st_size != rows * row_bytes:
+        os.truncate(path, rows * row_bytes)
     whole = index.read_text() if index.is_file() else ""
     kept = "".join(whole.splitlines(keepends=True)[:rows])
     if kept != whole:  # others may be reading: nothing is written where nothing is wrong

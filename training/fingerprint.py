@@ -17,7 +17,7 @@ def fingerprint_of(parts: Parts) -> str:
 
     The connectors and the LM do not enter: training them leaves every bank valid.
     """
-    digest = hashlib.sha256(image_words(ImageSpec()).encode())
+    digest = hashlib.sha256(image_words(parts.image).encode())
     for module in (parts.vision, parts.compressor):
         for name, value in sorted(module.state_dict().items()):
             digest.update(name.encode())

@@ -28,8 +28,17 @@ from tinyalign.bank.memory import check_text
 from tinyalign.runtime.errors import InputError, PictureError
 from tinyalign.runtime.images import load_picture, resize, thumbnail
 from tinyalign.runtime.items import llava_entries, llava_turns
+from tinyalign.runtime.manifest import ImageSpec
 from tinyalign.runtime.prompt import encode_text
-from tinyalign.training.features import IMAGE, Job, Record, append_rows, done_rows, features_dir
+from tinyalign.training.features import (
+    IMAGE,
+    Job,
+    Record,
+    append_rows,
+    done_rows,
+    encoder,
+    features_dir,
+)
 from tinyalign.training.pictures import split_of
 from tinyalign.training.sources import cache_dir
 from tinyalign.training.views import rng_of, unmirrored_view
@@ -136,11 +145,17 @@ def encode_data(data: Data, cache: Path | None = None) -> None:
     """
     cache = cache or cache_dir()
     features_dir(cache).mkdir(parents=True, exist_ok=True)
-    done = done_rows(data.source, cache)
+    path = features_dir(cache) / f"{data.source}.f16"
+    done = done_rows(path)
     total = VIEWS * len(data.pictures)
     unread: dict[str, str] = {}  # picture id -> why
     if len(done) < total:
-        append_rows(data.source, jobs(data, done, unread), len(done), total, cache)
+        append_rows(path, jobs(data, done, unread), len(done), total, encoder(cache))
+    report_data(data, unread)
+
+
+def report_data(data: Data, unread: dict[str, str]) -> None:
+    """Say what a file holds and why some pictures were not read; InputError when none is left."""
     sides = Counter(s.record.split for s in data.pictures if s.record.id not in unread)
     for line in _report(data, sides, list(unread.values())):
         print(line, file=sys.stderr)
@@ -148,7 +163,9 @@ def encode_data(data: Data, cache: Path | None = None) -> None:
         raise InputError(f"{data.name}: no picture is left to train on")
 
 
-def jobs(data: Data, done: set[tuple[str, int]], unread: dict[str, str]) -> Iterator[Job]:
+def jobs(
+    data: Data, done: set[tuple[str, int]], unread: dict[str, str], spec: ImageSpec = IMAGE
+) -> Iterator[Job]:
     """The rows that are not done yet; fills `unread` with pictures that cannot be read."""
     for shown in data.pictures:
         record = shown.record
@@ -162,7 +179,7 @@ def jobs(data: Data, done: set[tuple[str, int]], unread: dict[str, str]) -> Iter
             continue
         for view in todo:
             if view == 0:
-                image = Image.fromarray(resize(picture, IMAGE))  # small: a batch of them waits
+                image = Image.fromarray(resize(picture, spec))  # small: a batch of them waits
             else:
                 image = unmirrored_view(picture, rng_of(f"view/{record.id}/{view}"))
             small = thumbnail(picture) if view == 0 and record.split == "train" else b""

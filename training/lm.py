@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from gguf import GGUFReader, TokenType, dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tinyalign.bank.errors import InputError
 
@@ -83,11 +83,36 @@ def load_lm(gguf_path: Path | str) -> LlamaForCausalLM:
     return model
 
 
-def token_table(lm: LlamaForCausalLM) -> torch.Tensor:
-    """The token embeddings [V, D] of a language model, without gradient."""
+def token_table(lm: PreTrainedModel) -> torch.Tensor:
+    """The rows of inputs_embeds for all tokens [V, D], as transformers makes them, without
+    gradient."""
     weight = lm.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
-    return weight.detach()
+    scale = embedding_scale(lm)
+    return weight.detach() if scale == 1 else weight.detach() * scale
+
+
+def embedding_rows(lm: PreTrainedModel) -> NDArray[np.float32]:
+    """The same as float32 array, not copied if they are that."""
+    rows: NDArray[np.float32] = token_table(lm).float().numpy()
+    return rows
+
+
+def embedding_scale(lm: PreTrainedModel) -> float:
+    """By what a family's token embeddings are multiplied on the way to inputs_embeds.
+
+    1 for all but Gemma 3. (Gemma 2 multiplies inputs_embeds themselves.)
+    """
+    return float(getattr(lm.get_input_embeddings(), "embed_scale", 1.0))
+
+
+def round_embeddings(lm: PreTrainedModel) -> None:
+    """Change a model's token embeddings into those that embeddings.bin holds, rounded to float16,
+    so that the runtime and torch agree on them to the last bit (a tied head changes along)."""
+    weight = lm.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    scale = embedding_scale(lm)
+    weight.data = ((weight.data.float() * scale).half().float() / scale).to(weight.dtype)
 
 
 def load_tokenizer(gguf_path: Path | str) -> Tokenizer:

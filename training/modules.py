@@ -132,6 +132,19 @@ class Connector(nn.Module):
         return tokens, ids
 
 
+class Projector(nn.Module):
+    """Another vision-language model's own connector, behind its encoder's cells."""
+
+    def __init__(self, project: nn.Module) -> None:
+        super().__init__()
+        self.project = project
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """cells f32 [B, 1 + P, Dv] -> image tokens f32 [B, T, D]."""
+        tokens: Tensor = self.project(cells[:, 1:])
+        return tokens
+
+
 @dataclass(frozen=True)
 class MemoryShape:
     """Sizes of a memory's latents: one for the picture, one for each chunk of the text."""

@@ -20,7 +20,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,23 +29,24 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from tinyalign.bank.errors import InputError
 from tinyalign.runtime.keys import KeyArrays, load_key_arrays, save_key_arrays
-from tinyalign.runtime.manifest import NEXT_TOKENS, PromptSpec, from_dict
+from tinyalign.runtime.manifest import NEXT_TOKENS, ImageSpec, PromptSpec, from_dict
 from tinyalign.training.lm import load_lm, load_tokenizer, token_table
 from tinyalign.training.modules import (
     Compressor,
     Connector,
     ConnectorShape,
     MemoryShape,
+    Projector,
     RagConnector,
     SoftVocabulary,
 )
 from tinyalign.training.recipe import Recipe
 from tinyalign.training.sources import lm_gguf
-from tinyalign.training.vision import VisionEncoder, load_vision
+from tinyalign.training.vision import load_vision
 from tinyalign.training.vocabulary import COLOURS, NUMBERS, PLACES, name_ids, soft_vocabulary
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights"
@@ -56,10 +57,10 @@ LARGE = 1_000_000  # numbers of a matrix that is stored in int8
 class Parts:
     """The whole model on the torch side."""
 
-    vision: VisionEncoder
-    lm: LlamaForCausalLM
+    vision: nn.Module  # pixels [B, 3, S, S] -> cells [B, C, Dv]
+    lm: PreTrainedModel
     tokenizer: Tokenizer
-    connector: Connector
+    connector: Connector | Projector
     compressor: Compressor
     rag_connector: RagConnector
     prompt: PromptSpec
@@ -67,22 +68,40 @@ class Parts:
     class_names: Tensor  # [classes, name slots], indices into vocabulary_ids
     keys: KeyArrays | None = None
     next_tokens: NDArray[np.uint32] | None = None  # [V], see next_tokens.py
+    image: ImageSpec = field(default_factory=ImageSpec)
 
     @property
     def embeddings(self) -> Tensor:
         """The LM's token embeddings [V, D], frozen."""
         return token_table(self.lm)
 
+    @property
+    def own_connector(self) -> Connector:
+        """The connector of the default model, which speaks in words."""
+        assert isinstance(self.connector, Connector)
+        return self.connector
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """What is trained here, by name: not another model's own connector."""
+        own = {"connector": self.connector} if isinstance(self.connector, Connector) else {}
+        return {**own, "compressor": self.compressor, "rag_connector": self.rag_connector}
+
+    def image_tokens(self, cells: Tensor) -> Tensor:
+        """cells [B, C, Dv] -> image tokens [B, T, D]."""
+        made = self.connector(cells)
+        tokens: Tensor = made if isinstance(self.connector, Projector) else made[0]
+        return tokens
+
     def to(self, device: torch.device) -> None:
         """Move all modules to a device."""
-        modules: list[nn.Module] = [self.connector, self.compressor, self.rag_connector, self.lm]
-        for module in modules:
+        for module in (*self.trained.values(), self.lm):
             module.to(device)
 
     def finish(self) -> None:
         """Round what was trained as it is saved, so that every later use sees the same, and put the
         learned copy bonus into the prompt's description, where it is used."""
-        for module in (self.connector, self.compressor, self.rag_connector):
+        for module in self.trained.values():
             module.load_state_dict(unpacked(packed(module)))
         bonus = tuple(round(value, 3) for value in self.rag_connector.copy_bonus.tolist())
         self.prompt = dataclasses.replace(self.prompt, copy_bonus=bonus)
@@ -137,13 +156,14 @@ def save_parts(parts: Parts, directory: Path) -> None:
     """Write the trained parts (not the LM's LoRA, which peft writes) as small safetensors."""
     directory.mkdir(parents=True, exist_ok=True)
     names = {"vocabulary_ids": parts.vocabulary_ids.int(), "class_names": parts.class_names.int()}
-    save_file(packed(parts.connector) | names, directory / "connector.safetensors")
+    connector = parts.own_connector
+    save_file(packed(connector) | names, directory / "connector.safetensors")
     save_file(packed(parts.compressor), directory / "compressor.safetensors")
     save_file(packed(parts.rag_connector), directory / "rag_connector.safetensors")
     if parts.keys is not None:
         save_key_arrays(directory / "key.npz", parts.keys)
     description = {
-        "connector": dataclasses.asdict(parts.connector.shape),
+        "connector": dataclasses.asdict(connector.shape),
         "memory": dataclasses.asdict(parts.compressor.shape),
         "prompt": dataclasses.asdict(parts.prompt),
     }

@@ -18,7 +18,14 @@ from tinyalign.runtime.keys import KeyArrays, load_key_arrays, save_key_arrays
 from tinyalign.runtime.threads import default_threads
 from tinyalign.training import key_head, stages
 from tinyalign.training.default_bank import build_bank
-from tinyalign.training.features import ORDER, STYLES, Record, build_features, load_features
+from tinyalign.training.features import (
+    ORDER,
+    STYLES,
+    Record,
+    build_features,
+    load_features,
+    load_thumbnails,
+)
 from tinyalign.training.llava import Data, check_together, encode_data
 from tinyalign.training.next_tokens import write_next_tokens
 from tinyalign.training.parts import Parts, load_parts, new_parts, save_parts
@@ -150,7 +157,8 @@ def write_weights(run: stages.Run, until: str, sources: Sequence[str]) -> None:
     shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run
     save_parts(parts, weights)
     stages.save_lora(run, weights / "lora")
-    build_bank(run.world, weights / "bank.sqlite", (*ORDER, *sources))
+    thumbnails = load_thumbnails(sources=(*ORDER, *sources))
+    build_bank(run.world, weights / "bank.sqlite", thumbnails)
     write_next_tokens(load_parts(weights), weights)
     plot_losses(run.log, directory / "loss.png")
     print(f"weights: {weights}\nloss curve: {directory / 'loss.png'}")

@@ -24,6 +24,7 @@ PROMPT = PromptSpec(
         ".",
     ),
     memory="\nMemory, {similarity}:",
+    memory_end="",
     question="\n{question}<|im_end|>\n<|im_start|>assistant\n",
     # The floors are placeholders; `calibrate` in keys.py measures them on the training pictures.
     similarity=(("same", 0.8), ("close", 0.6), ("similar", 0.4)),

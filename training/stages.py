@@ -13,6 +13,7 @@ they take the steps that one process would.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -30,7 +31,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from tinyalign.bank.errors import InputError
 from tinyalign.runtime.memory_text import read_memory
@@ -45,12 +46,11 @@ from tinyalign.training.batch import (
 )
 from tinyalign.training.episodes import aligned_episode, draw_episode, draw_taught, rows_by_source
 from tinyalign.training.features import Record
-from tinyalign.training.lm import token_table
 from tinyalign.training.modules import COSINE_SCALE
 from tinyalign.training.parts import Parts
 from tinyalign.training.recipe import Recipe, Stage
 from tinyalign.training.vocabulary import COLOURS, NUMBERS, PLACES, name_ids, word_id
-from tinyalign.training.world import World, cells_of
+from tinyalign.training.world import World, cells_of, image_tokens_of
 
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 CHECKPOINT_SECONDS = 60.0
@@ -72,7 +72,7 @@ class Run:
     world: World
     recipe: Recipe
     directory: Path
-    lm: LlamaForCausalLM | PeftModel  # the LM as trained: with LoRA in fine-tuning
+    lm: PreTrainedModel | PeftModel  # the LM as trained: with LoRA in fine-tuning
     done: dict[str, int] = field(default_factory=dict)  # stage -> steps done
     log: list[dict[str, Any]] = field(default_factory=list)
     optimizer_state: dict[str, Any] | None = None
@@ -175,7 +175,7 @@ def schedule(step: int, stage: Stage) -> float:
 
 def all_parameters(run: Run) -> Iterator[nn.Parameter]:
     """Parameters of every part."""
-    for module in (run.lm, run.parts.connector, run.parts.compressor, run.parts.rag_connector):
+    for module in (run.lm, *run.parts.trained.values()):
         yield from module.parameters()
 
 
@@ -257,11 +257,11 @@ def slot_targets(parts: Parts, records: list[Record]) -> Tensor:
     """What each image token should say, [n, T] indices into the soft vocabulary, -100 where not
     known."""
     index = {int(token): i for i, token in enumerate(parts.vocabulary_ids)}
-    slots = parts.connector.shape.name_slots
-    tokenizer = parts.tokenizer
+    shape = parts.own_connector.shape
+    slots, tokenizer = shape.name_slots, parts.tokenizer
     rows = []
     for record in records:
-        row = [-100] * parts.connector.shape.tokens
+        row = [-100] * shape.tokens
         if record.name:
             row[:slots] = [index.get(t, -100) for t in name_ids(tokenizer, record.name, slots)]
         words = (record.kind, record.colour, number_word(record.count), record.position)
@@ -281,13 +281,14 @@ def number_word(count: int) -> str:
 def train_slots(run: Run) -> None:
     """Connector and the memories' picture token: per-slot cross-entropy, without the LM."""
     stage, parts, world = run.recipe.slots, run.parts, run.world
+    connector = parts.own_connector
     rows = rows_by_source(world.records, tuple(SLOT_SHARES))
     everything = [row for found in rows.values() for row in found]
-    targets = torch.full((len(world.records), parts.connector.shape.tokens), -100)
+    targets = torch.full((len(world.records), connector.shape.tokens), -100)
     targets[everything] = slot_targets(parts, [world.records[row] for row in everything])
     sources = list(rows)
     shares = [SLOT_SHARES[source] for source in sources]
-    head = parts.connector.shape.name_slots - 1
+    head = connector.shape.name_slots - 1
 
     def loss_of(step: int) -> tuple[Tensor, float]:
         rng = Random(f"{run.recipe.seed}/slots/{step}")
@@ -301,8 +302,7 @@ def train_slots(run: Run) -> None:
         wanted = targets[picked]  # [B, T]
         known, heads = (wanted >= 0).sum(), (wanted[:, head] >= 0).sum()
         cells, wanted = cells[run.mine].to(run.device), wanted[run.mine].to(run.device)
-        vectors = parts.connector.slot_vectors(cells)
-        logits = parts.connector.vocabulary.logits(vectors)
+        logits = connector.vocabulary.logits(connector.slot_vectors(cells))
         loss = F.cross_entropy(
             logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum"
         )
@@ -313,7 +313,7 @@ def train_slots(run: Run) -> None:
         return loss / known.clamp(min=1) + 0.3 * named / heads.clamp(min=1), share
 
     groups = {
-        "connector": list(parts.connector.parameters()),
+        "connector": list(connector.parameters()),
         "memory_picture": [
             *parts.compressor.picture.parameters(),
             *parts.rag_connector.picture_hidden.parameters(),
@@ -369,9 +369,11 @@ def rag_parameters(parts: Parts) -> list[nn.Parameter]:
 Draw = Callable[[World, dict[str, list[int]], Recipe, Random], Episode]
 
 
-def episode_loss(run: Run, name: str, stage: Stage, draw: Draw) -> LossOf:
-    """The loss of a step over drawn episodes."""
-    rows = rows_by_source(run.world.records)
+def episode_loss(
+    run: Run, name: str, stage: Stage, draw: Draw, rows: dict[str, list[int]] | None = None
+) -> LossOf:
+    """The loss of a step over drawn episodes; `rows` are those of all training pictures."""
+    rows = rows_by_source(run.world.records) if rows is None else rows
     memory: dict[int, list[list[Episode]]] = {}
 
     def group_of(number: int) -> list[list[Episode]]:
@@ -414,19 +416,19 @@ def embed_episodes(
     """Some episodes as a batch and as the LM's input [B, N, D], where the run computes."""
     parts, world, device = run.parts, run.world, run.device
     batch = make_batch(episodes, parts.prompt, parts.tokenizer, parts.compressor.shape)
-    cells = cells_of(world, batch.image_rows.tolist()).to(device)
+    image = image_tokens_of(world, batch.image_rows.tolist(), device)
     memory_cells = cells_of(world, batch.memory_rows.tolist()).to(device)
     batch = batch.to(device)
     inputs = embed_batch(
-        batch, cells, memory_cells, parts.embeddings, parts.connector, parts.compressor,
-        parts.rag_connector, None if keep is None else keep.to(device),
+        batch, image, memory_cells, parts.embeddings, parts.compressor, parts.rag_connector,
+        None if keep is None else keep.to(device),
     )  # fmt: skip
     return batch, inputs
 
 
-def base_of(lm: LlamaForCausalLM | PeftModel) -> LlamaForCausalLM:
+def base_of(lm: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model inside a peft model (LoRA layers included), or the model itself."""
-    return cast(LlamaForCausalLM, lm.get_base_model()) if isinstance(lm, PeftModel) else lm
+    return cast(PreTrainedModel, lm.get_base_model()) if isinstance(lm, PeftModel) else lm
 
 
 @contextmanager
@@ -436,18 +438,13 @@ def lm_arithmetic(device: str = "cpu") -> Iterator[None]:
         yield
 
 
-def for_training(lm: LlamaForCausalLM) -> LlamaForCausalLM:
+def for_training(lm: PreTrainedModel) -> PreTrainedModel:
     """The LM with its layers' weights in bfloat16; the embeddings stay exact and the head is its
     own copy."""
-    for layer in lm.model.layers:
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                module.to(torch.bfloat16)
-    head = nn.Linear(
-        lm.lm_head.in_features, lm.lm_head.out_features, bias=False, dtype=torch.bfloat16
-    )
-    head.weight.data = token_table(lm).to(torch.bfloat16)
-    lm.lm_head = head
+    lm.lm_head = copy.deepcopy(lm.lm_head)  # a tied one would take the embeddings along
+    for module in (*lm.model.modules(), lm.lm_head):
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
     return lm.requires_grad_(False)
 
 
@@ -493,9 +490,7 @@ def save_checkpoint(run: Run, optimizer: dict[str, Any] | None) -> None:
         "recipe": repr(run.recipe),
         "done": run.done,
         "log": run.log,
-        "connector": parts.connector.state_dict(),
-        "compressor": parts.compressor.state_dict(),
-        "rag_connector": parts.rag_connector.state_dict(),
+        **{name: module.state_dict() for name, module in parts.trained.items()},
         "lora": lora_state(run),
         "optimizer": optimizer,
     }
@@ -520,9 +515,8 @@ def load_checkpoint(run: Run) -> None:
             "continue it as it was started, or choose another --out"
         )
     run.done, run.log, run.optimizer_state = state["done"], state["log"], state["optimizer"]
-    run.parts.connector.load_state_dict(state["connector"])
-    run.parts.compressor.load_state_dict(state["compressor"])
-    run.parts.rag_connector.load_state_dict(state["rag_connector"])
+    for name, module in run.parts.trained.items():
+        module.load_state_dict(state[name])
     if state["lora"]:
         with_lora(run)
         run.lm.load_state_dict(state["lora"], strict=False)

@@ -49,6 +49,7 @@ class World:
     bank_texts: Sequence[str]
     parts: Parts
     embeddings: torch.Tensor  # [V, D], stays on the CPU wherever the parts are
+    image_tokens: NDArray[np.float16] | None = None  # [n, T, D], of a connector that stays as it is
 
     def key(self, row: int, text: str) -> NDArray[np.float32]:
         """Key [di + dt] of a row's picture with a text."""
@@ -170,3 +171,11 @@ SHOWN = ("emoji", "clipart", "furniture")  # sources of single things to name
 def cells_of(world: World, rows: Sequence[int]) -> torch.Tensor:
     """Features f32 [len(rows), C, Dv]."""
     return torch.from_numpy(np.asarray(world.cells[list(rows)], dtype=np.float32))
+
+
+def image_tokens_of(world: World, rows: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Image tokens f32 [len(rows), T, D] on a device: the stored ones, else the connector's."""
+    if world.image_tokens is None:
+        return world.parts.image_tokens(cells_of(world, rows).to(device))
+    stored = np.asarray(world.image_tokens[list(rows)], dtype=np.float32)
+    return torch.from_numpy(stored).to(device)

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
-from tinyalign.export.vlm_prompt import read_whole
 from tinyalign.runtime.chat_template import (
-    Between,
-    ChatTemplate,
     Message,
     Piece,
     Role,
@@ -32,7 +30,9 @@ from tinyalign.runtime.chat_template import (
     render,
 )
 from tinyalign.runtime.errors import InputError
+from tinyalign.runtime.manifest import Between, ChatTemplate
 from tinyalign.runtime.prompt import encode_question, encode_template
+from tinyalign.training.models.checkpoint import in_one_line
 
 TEMPLATE_NAME = "chat_template.json"  # a processor's; the tokenizer's two places transformers reads
 DATE = "ProbeOfTheDate"
@@ -102,22 +102,31 @@ class Original:
             raise InputError(f"it says: {said or type(error).__name__}") from None
 
 
-def read_chat_tokenizer(directory: Path) -> Any:
-    """transformers' tokenizer of a directory with the chat template from tokenizer_config.json,
-    chat_template.jinja or chat_template.json, whichever is there (the last before the others).
+def read_chat_tokenizer(directory: Path, template: str | None = None) -> Any:
+    """transformers' tokenizer of a directory with its chat template: the given one, or that of
+    tokenizer_config.json, chat_template.jinja or chat_template.json, whichever is there (the last
+    before the others).
 
     Raises InputError where there is none.
     """
-    template = None
     path = directory / TEMPLATE_NAME
-    if path.is_file():
+    if template is None and path.is_file():
         try:
             template = json.loads(path.read_bytes())["chat_template"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} holds no chat template ({error})") from None
         if not isinstance(template, str):
             raise InputError(f"{path} holds no chat template")
-    return read_whole(directory, template)
+    with in_one_line(directory):
+        make: Any = AutoTokenizer
+        whole = make.from_pretrained(directory, local_files_only=True)
+    whole.chat_template = template or whole.chat_template
+    if not whole.chat_template:
+        raise InputError(
+            f"{directory} has no chat template (chat_template.jinja): how a question is put to the "
+            "model is not known"
+        )
+    return whole
 
 
 def derive(tokenizer: Any, variables: Mapping[str, object] | None = None) -> ChatTemplate:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
-from tinyalign.export.language_models import in_one_line
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.manifest import PromptSpec
 from tinyalign.runtime.prompt import TokenSegment, build_prompt
+from tinyalign.training.models.chat_template import TEXTS
+from tinyalign.training.models.checkpoint import in_one_line
 
 QUESTION = "What is in the picture"
-PROBES = ("What is this?", "Name three things: a, b and c.", "¿Qué es?", "1 + 1 = 2 or 3", "I see")
 FLOORS = (("close", 0.0),)  # a model without a memory uses none
 
 
@@ -31,20 +31,6 @@ class Marks:
     left: str = ""
     right: str = ""
     listed: bool = True
-
-
-def read_whole(directory: Path, template: str | None = None) -> Any:
-    """transformers' tokenizer of a directory, with its chat template (or another one)."""
-    with in_one_line(directory):
-        make: Any = AutoTokenizer
-        whole = make.from_pretrained(directory, local_files_only=True)
-    whole.chat_template = template or whole.chat_template
-    if not whole.chat_template:
-        raise InputError(
-            f"{directory} has no chat template (chat_template.jinja): how a question is put to the "
-            "model is not known"
-        )
-    return whole
 
 
 def read_prompt(
@@ -69,6 +55,7 @@ def read_prompt(
         system=before + marks.left,
         image=(tokens,),
         memory="",
+        memory_end="",
         question=marks.right + between + "{question}" + end,
         similarity=FLOORS,
         stop=stop_tokens(directory, whole),
@@ -116,7 +103,8 @@ def check_prompt(
 ) -> None:
     """Compare the pieces' tokens with those of the whole text, for several questions."""
     picture = whole.convert_tokens_to_ids(marks.picture)
-    for question in PROBES:
+    special = [t.content for t in whole.added_tokens_decoder.values() if t.special]
+    for question in (t.strip() for t in TEXTS if not any(token in t for token in special)):
         text = rendered(whole, marks, question)
         text = text.replace(marks.picture, f"{marks.left}{marks.picture}{marks.right}")
         expected = whole(text).input_ids

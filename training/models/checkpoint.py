@@ -7,7 +7,10 @@ config that contradicts itself.
 from __future__ import annotations
 
 import json
+import logging
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,3 +137,19 @@ def rope_theta(config: dict[str, Any], default: float | None = None) -> float:
             "wrong answers; add the value that the model was trained with"
         )
     return found[0] if found else float(default or 0.0)
+
+
+@contextmanager
+def in_one_line(place: Path) -> Iterator[None]:
+    """Let transformers work without its warnings, and make what it raises an InputError: it checks
+    few of a config's values before it computes with them."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{place} cannot be used: {type(error).__name__}: {said}") from error
+    finally:
+        logging.disable(logging.NOTSET)

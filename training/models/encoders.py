@@ -42,9 +42,14 @@ from transformers import (
     ViTModel,
 )
 
-from tinyalign.export.checkpoint import Checkpoint, open_checkpoint, read_json, weight_files
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.manifest import ImageSpec, Resample, VisionSpec
+from tinyalign.training.models.checkpoint import (
+    Checkpoint,
+    open_checkpoint,
+    read_json,
+    weight_files,
+)
 
 TOWERS: Mapping[str, type[PreTrainedModel]] = {
     "clip": CLIPVisionModel,

@@ -6,10 +6,7 @@ overlook, a tensor that it would make up, is refused with one line.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,23 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tinyalign.export.checkpoint import Checkpoint, open_checkpoint, rope_theta
-from tinyalign.export.lm import round_embeddings
-from tinyalign.export.lm_families import LAYERS, check_exportable
 from tinyalign.runtime.errors import InputError
-from tinyalign.training.lm import LLAMA_LAYER, LLAMA_TOP, field, load_lm, load_tokenizer, open_gguf
+from tinyalign.training.lm import (
+    LLAMA_LAYER,
+    LLAMA_TOP,
+    field,
+    load_lm,
+    load_tokenizer,
+    open_gguf,
+    round_embeddings,
+)
+from tinyalign.training.models.checkpoint import (
+    Checkpoint,
+    in_one_line,
+    open_checkpoint,
+    rope_theta,
+)
+from tinyalign.training.models.supported import FAMILIES, check_exportable
 
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 """Keys of a config for which a default would be a guess."""
@@ -47,7 +56,7 @@ def load_language_model(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model in float32 and eval mode, and its tokenizer.
 
     `directory`: one of transformers with config.json, safetensors and tokenizer.json, or a GGUF
-    file of a Llama. The types that can be read are those of `lm_families.LAYERS`. Token embeddings
+    file of a Llama. The types that can be read are those of `supported.FAMILIES`. Token embeddings
     are rounded to float16, as which a model directory ships them.
 
     Raises InputError with what is wrong, before much is read.
@@ -70,10 +79,10 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The config of a language model, its rotary settings as whichever version wrote them."""
     family, place = checkpoint.model_type, checkpoint.directory / "config.json"
     settings = {key: value for key, value in checkpoint.config.items() if key not in UNUSED}
-    if family not in LAYERS:
+    if family not in FAMILIES:
         raise InputError(
             f"{place}: language models of the type {family!r} are not supported, only "
-            f"{', '.join(sorted(LAYERS))}"
+            f"{', '.join(FAMILIES)}"
         )
     check_numbers(settings, place)
     if checkpoint.config.get("quantization_config"):
@@ -199,22 +208,6 @@ def read_model(checkpoint: Checkpoint, config: PretrainedConfig) -> PreTrainedMo
     model.requires_grad_(False).eval()
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-@contextmanager
-def in_one_line(place: Path) -> Iterator[None]:
-    """Let transformers work without its warnings, and make what it raises an InputError: it checks
-    few of a config's values before it computes with them."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise InputError(f"{place} cannot be used: {type(error).__name__}: {said}") from error
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def tensor_shapes(checkpoint: Checkpoint) -> list[list[int]]:

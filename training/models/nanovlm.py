@@ -21,11 +21,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tinyalign.export.checkpoint import read_json, weight_files
-from tinyalign.export.language_models import check_memory, memory_needed
-from tinyalign.export.vlm_prompt import Marks
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.manifest import ImageSpec
+from tinyalign.training.models.checkpoint import read_json, weight_files
+from tinyalign.training.models.language_models import check_memory, memory_needed
+from tinyalign.training.models.vlm_prompt import Marks
 
 NUMBERS = (
     "vit_hidden_dim", "vit_inter_dim", "vit_patch_size", "vit_img_size", "vit_n_heads",

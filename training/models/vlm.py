@@ -26,21 +26,28 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tinyalign.export import nanovlm
-from tinyalign.export.checkpoint import Checkpoint, open_checkpoint
-from tinyalign.export.encoders import Encoder, PatchFeatures, finished, image_spec, with_mean
-from tinyalign.export.language_models import (
+from tinyalign.runtime.errors import InputError
+from tinyalign.runtime.manifest import ChatTemplate, ImageSpec, PromptSpec
+from tinyalign.training.lm import round_embeddings
+from tinyalign.training.models import nanovlm
+from tinyalign.training.models.chat_template import check, derive, read_chat_tokenizer
+from tinyalign.training.models.checkpoint import Checkpoint, in_one_line, open_checkpoint
+from tinyalign.training.models.encoders import (
+    Encoder,
+    PatchFeatures,
+    finished,
+    image_spec,
+    with_mean,
+)
+from tinyalign.training.models.language_models import (
     check_memory,
-    in_one_line,
     memory_needed,
     read_tokenizer,
     tensor_shapes,
 )
-from tinyalign.export.lm import round_embeddings
-from tinyalign.export.lm_families import LAYERS, check_exportable
-from tinyalign.export.vlm_prompt import Marks, read_prompt, read_whole
-from tinyalign.runtime.errors import InputError
-from tinyalign.runtime.manifest import ImageSpec, PromptSpec
+from tinyalign.training.models.supported import FAMILIES, check_exportable
+from tinyalign.training.models.vlm_prompt import Marks, read_prompt
+from tinyalign.training.modules import Projector
 
 
 @dataclass(frozen=True)
@@ -49,24 +56,13 @@ class Vlm:
 
     model_type: str
     encoder: Encoder  # pixels f32 [B, 3, S, S] -> cells f32 [B, 1 + P, Dv], row 0 their mean
-    connector: nn.Module  # cells -> image tokens f32 [B, T, D]
+    connector: Projector  # cells -> image tokens f32 [B, T, D]
     tokens: int  # T
     lm: PreTrainedModel
     tokenizer: Tokenizer
     prompt: PromptSpec
-
-
-class Projector(nn.Module):
-    """A model's own connector behind the encoder's cells."""
-
-    def __init__(self, project: nn.Module) -> None:
-        super().__init__()
-        self.project = project
-
-    def forward(self, cells: Tensor) -> Tensor:
-        """cells f32 [B, 1 + P, Dv] -> image tokens f32 [B, T, D]."""
-        tokens: Tensor = self.project(cells[:, 1:])
-        return tokens
+    chat: ChatTemplate | None  # None: the template cannot be told, and why
+    no_chat: str = ""
 
 
 class WholePicture(nn.Module):
@@ -116,10 +112,11 @@ def load_vlm(directory: Path) -> Vlm:
         tokens = connector(cells).shape[1]
     lm = language_model(model)
     tokenizer = read_tokenizer(directory, lm.config.vocab_size)
-    whole = read_whole(directory)
+    whole = read_chat_tokenizer(directory)
     marks = marks_of(model.config, whole)
     prompt = read_prompt(directory, whole, marks, tokenizer, tokens)
-    return Vlm(checkpoint.model_type, encoder, connector, tokens, lm, tokenizer, prompt)
+    chat = read_chat(whole)
+    return Vlm(checkpoint.model_type, encoder, connector, tokens, lm, tokenizer, prompt, *chat)
 
 
 def load_nanovlm(directory: Path) -> Vlm:
@@ -131,10 +128,22 @@ def load_nanovlm(directory: Path) -> Vlm:
     tokens = int(config["mp_image_token_length"])
     round_embeddings(lm)
     tokenizer = read_tokenizer(directory, lm.config.vocab_size)
-    whole = read_whole(directory, config["lm_chat_template"])
+    whole = read_chat_tokenizer(directory, config["lm_chat_template"])
     prompt = read_prompt(directory, whole, nanovlm.marks_of(config), tokenizer, tokens)
     connector = Projector(projector).eval().requires_grad_(False)
-    return Vlm("nanovlm", encoder, connector, tokens, lm, tokenizer, prompt)
+    chat = read_chat(whole)
+    return Vlm("nanovlm", encoder, connector, tokens, lm, tokenizer, prompt, *chat)
+
+
+def read_chat(whole: Any) -> tuple[ChatTemplate | None, str]:
+    """A tokenizer's chat template as texts, compared with the original; None and the reason where
+    texts cannot tell it."""
+    try:
+        template = derive(whole)
+        check(template, whole)
+    except InputError as reason:
+        return None, str(reason)
+    return template, ""
 
 
 def read_vlm(checkpoint: Checkpoint) -> Any:
@@ -160,10 +169,9 @@ def read_vlm(checkpoint: Checkpoint) -> Any:
 def language_model(model: Any) -> PreTrainedModel:
     """The language model by itself, with the same weights. Raises InputError."""
     config = model.config.text_config
-    if config.model_type not in LAYERS:
+    if config.model_type not in FAMILIES:
         raise InputError(
-            f"its language model is a {config.model_type}: supported are "
-            f"{', '.join(sorted(LAYERS))}"
+            f"its language model is a {config.model_type}: supported are {', '.join(FAMILIES)}"
         )
     check_exportable(config, 1)
     with torch.device("meta"):

@@ -1,0 +1,383 @@
+"""A memory on top of somebody else's vision-language model, of which nothing is changed.
+
+    prepare  pictures through the model's own encoder and connector, once
+    stage 0  compressor and RAG connector, without the language model
+    stage 1  RAG connector through the frozen language model, on episodes that ask for what only a
+             memory tells
+
+The paper leaves open whether its method carries to other models; here the connector is not trained
+along, as it is in the paper: the model answers as before where it remembers nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tinyalign.bank.errors import InputError
+from tinyalign.runtime.keys import load_key_arrays, save_key_arrays
+from tinyalign.runtime.manifest import MemoryMode, PromptSpec, from_dict
+from tinyalign.runtime.threads import default_threads
+from tinyalign.training import llava, stages
+from tinyalign.training.batch import Episode, answer_logits
+from tinyalign.training.default_bank import build_bank
+from tinyalign.training.episodes import SHARES, draw_episode, rows_by_source, taught_episode
+from tinyalign.training.features import (
+    VIEWS,
+    Job,
+    Record,
+    append_rows,
+    done_rows,
+    picture_jobs,
+    read_records,
+    read_thumbnails,
+)
+from tinyalign.training.lm import token_table
+from tinyalign.training.models.vlm import Vlm
+from tinyalign.training.modules import Compressor, MemoryShape, RagConnector, SoftVocabulary
+from tinyalign.training.parts import Parts, packed, unpacked
+from tinyalign.training.pictures import Picture, pictures_of
+from tinyalign.training.plots import plot_losses
+from tinyalign.training.recipe import PROMPT, Mix, Recipe, Stage
+from tinyalign.training.sources import cache_dir
+from tinyalign.training.vocabulary import soft_vocabulary
+from tinyalign.training.world import World, calibrated_similarity, make_world
+
+PICTURES = {"emoji": 400, "clipart": 240, "furniture": 100}  # of each source, two views of each
+LEAST = 12  # of them, however small the scale
+ENCODED = 4  # pictures a batch
+CHECKED = 60  # training pictures that only choose how memories are read
+MODES: tuple[MemoryMode, ...] = ("text", "latent", "both")
+
+
+def base_recipe(vlm: Vlm, seed: int, scale: float) -> Recipe:
+    """Shapes that fit a model, and stages for what is trained of it."""
+    width, vision_width = vlm.lm.config.hidden_size, vlm.encoder.vision.width
+    shape = MemoryShape(width, vision_width, latent_width=min(MemoryShape.latent_width, width))
+    # The language model stays as it is, so it cannot learn to say that it does not know.
+    mix = Mix(taught=0.75, neighbours=0.15, missing=0, unknown=0, text=0.1, both=0.2)
+
+    def stage(steps: int, batch: int, rates: dict[str, float]) -> Stage:
+        return Stage(max(1, round(steps * scale)), batch, rates)
+
+    return Recipe(
+        seed=seed,
+        memory=shape,
+        prompt=prompt_with_memory(vlm.prompt),
+        image_key_width=min(192, vision_width),
+        text_key_width=min(64, width),
+        mix=mix,
+        bags=stage(300, 24, {"compressor": 2e-3, "rag_connector": 2e-3}),
+        align=stage(200, 8, {"rag_connector": 2e-4, "copy": 2e-2}),
+    )
+
+
+def prompt_with_memory(prompt: PromptSpec) -> PromptSpec:
+    """A model's own prompt with memories behind the picture. Without one, its tokens are the same:
+    what stood between the picture and the question now stands before the memories."""
+    between, end = prompt.question.split("{question}")
+    return replace(
+        prompt,
+        image=(*prompt.image, between) if between else prompt.image,
+        memory=PROMPT.memory,
+        memory_end="\n",
+        question="{question}" + end,
+        similarity=PROMPT.similarity,
+        top_k=PROMPT.top_k,
+        margin=PROMPT.margin,
+    )
+
+
+def base_parts(vlm: Vlm, shape: MemoryShape, prompt: PromptSpec, vocabulary_ids: Tensor) -> Parts:
+    """A model with an untrained memory: `vocabulary_ids` [Vs] are the words of a memory's picture
+    token."""
+    table = token_table(vlm.lm)
+    vocabulary = SoftVocabulary(table[vocabulary_ids], vocabulary_ids)
+    radius = table.float().norm(dim=-1).mean().item()
+    return Parts(
+        vlm.encoder.module, vlm.lm, vlm.tokenizer, vlm.connector, Compressor(shape),
+        RagConnector(shape, vocabulary, radius), prompt, vocabulary_ids, torch.empty(0, 0),
+        image=vlm.encoder.image,
+    )  # fmt: skip
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the model makes of some pictures."""
+
+    pooled: NDArray[np.float16]  # [n, 1, Dv]
+    image_tokens: NDArray[np.float16]  # [n, T, D]
+    records: list[Record]
+
+
+def encode_pictures(
+    vlm: Vlm, directory: Path, scale: float, data: Sequence[llava.Data] = ()
+) -> Encoded:
+    """Put the pictures that are not there yet through encoder and connector, into `pictures.f16`
+    (and its neighbours) of a run directory."""
+    width = vlm.encoder.vision.width
+    shape = (vlm.tokens, vlm.lm.config.hidden_size)
+    row = width + shape[0] * shape[1]
+    path = directory / "pictures.f16"
+    done = done_rows(path, 2 * row)
+    chosen = {source: choose(source, count, scale) for source, count in PICTURES.items()}
+    total = sum(VIEWS[p.source] for found in chosen.values() for p in found)
+    total += sum(llava.VIEWS * len(one.pictures) for one in data)
+    unread: list[dict[str, str]] = [{} for _ in data]
+
+    def jobs() -> Iterator[Job]:
+        for found in chosen.values():
+            yield from picture_jobs(found, done, cache_dir())
+        for one, failed in zip(data, unread, strict=True):
+            yield from llava.jobs(one, done, failed, vlm.encoder.image)
+
+    @torch.inference_mode()
+    def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        rows = []
+        for some in torch.from_numpy(pixels).split(ENCODED):
+            cells = vlm.encoder.module(some)  # [B, 1 + P, Dv]
+            rows.append(torch.cat([cells[:, 0], vlm.connector(cells).flatten(1)], dim=1))
+        return torch.cat(rows).numpy()
+
+    if len(done) < total:
+        append_rows(path, jobs(), len(done), total, encode, vlm.encoder.image)
+    for one, failed in zip(data, unread, strict=True):
+        llava.report_data(one, failed)
+    records = read_records(path.with_suffix(".jsonl"))
+    stored = np.memmap(path, np.float16, "r", shape=(len(records), row))
+    pooled, tokens = stored[:, None, :width], stored[:, width:]
+    return Encoded(np.array(pooled), tokens.reshape(len(records), *shape), records)
+
+
+def choose(source: str, count: int, scale: float) -> list[Picture]:
+    """Some pictures of a source, the same ones every time; more of them for a greater scale."""
+    found = pictures_of(source)
+    found.sort(key=lambda picture: hashlib.sha256(picture.id.encode()).digest())
+    return found[: max(LEAST, round(count * scale))]
+
+
+def base_world(vlm: Vlm, recipe: Recipe, directory: Path, encoded: Encoded) -> World:
+    """Untrained parts, key recipe and the bank of training pictures."""
+    torch.manual_seed(recipe.seed)
+    train = [record for record in encoded.records if record.split == "train"]
+    names, kinds = {r.name for r in train if r.name}, {r.kind for r in train if r.kind}
+    ids = torch.tensor(soft_vocabulary(vlm.tokenizer, sorted(names), sorted(kinds)))
+    parts = base_parts(vlm, recipe.memory, recipe.prompt, ids)
+    world = make_world(parts, encoded.pooled, encoded.records, recipe)
+    world = replace(world, image_tokens=encoded.image_tokens)
+    floors = calibrated_similarity(world, recipe.seed)
+    parts.prompt = replace(parts.prompt, similarity=floors)
+    return world
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def train_base(
+    vlm: Vlm,
+    name: str,
+    directory: Path,
+    seed: int,
+    scale: float,
+    until: str = "1",
+    data: Sequence[llava.Data] = (),
+) -> None:
+    """Train a memory for a model, which is called `name`.
+
+    `until`: "prepare", "0" or "1". A run that was stopped goes on where it was. Writes
+    `weights/` into the run directory, for `tinyalign-export --from MODEL --weights`. Raises
+    InputError when the directory holds a run on another model, recipe or data.
+    """
+    torch.set_num_threads(default_threads())
+    llava.check_together(data)
+    recipe = base_recipe(vlm, seed, scale)
+    check_same_run(directory, vlm, [scale, *(one.source for one in data)])
+    encoded = encode_pictures(vlm, directory, scale, data)
+    if until == "prepare":
+        return
+    world = base_world(vlm, recipe, directory, encoded)
+    parts = world.parts
+    run = stages.Run(parts, world, recipe, directory, stages.for_training(parts.lm))
+    parts.to(run.device)
+    stages.load_checkpoint(run)
+    stages.train_bags(run)
+    kept_apart = apart(world)
+    if until == "1":
+        train_memory(run, kept_apart)
+        choose_mode(run, kept_apart)
+    parts.to(torch.device("cpu"))
+    parts.finish()
+    quality = {} if until == "0" else {"held_out": read_modes(run, rows_of(world, "held"))}
+    write_weights(run, name, vlm, directory / "weights", quality)
+
+
+def check_same_run(directory: Path, vlm: Vlm, settings: Sequence[Any]) -> None:
+    """Note in a run directory which model it is for and on what it trains.
+
+    Raises InputError when the run has begun with others.
+    """
+    path = directory / "base.json"
+    wanted = json.dumps({"model": identity(vlm), "settings": list(settings)})
+    if path.exists() and path.read_text() != wanted:
+        raise InputError(
+            f"{directory} holds a run for another model, scale or data: continue it as it was "
+            "started, or choose another --out"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(wanted)
+
+
+def identity(vlm: Vlm) -> str:
+    """A short hash of the weights that a memory depends on: connector and token embeddings, and
+    the encoder's first parameters."""
+    digest = hashlib.sha256()
+    first = next(iter(vlm.encoder.module.parameters()))
+    for value in (first, *vlm.connector.parameters(), token_table(vlm.lm)[:1024]):
+        digest.update(value.detach().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def rows_of(world: World, split: str) -> dict[str, list[int]]:
+    """Rows of pictures of single things on one side of the split."""
+    return rows_by_source(world.records, tuple(SHARES), split)
+
+
+def apart(world: World) -> frozenset[str]:
+    """Ids of training pictures that are not trained on."""
+    ids = {record.id for record in world.records if record.split == "train"}
+    ordered = sorted(ids, key=lambda id: hashlib.sha256(f"apart/{id}".encode()).digest())
+    return frozenset(ordered[: min(CHECKED, len(ordered) // 5)])
+
+
+def train_memory(run: stages.Run, kept_apart: frozenset[str]) -> None:
+    """RAG connector and copy bonus, through the frozen language model."""
+    groups = {
+        "rag_connector": stages.rag_parameters(run.parts),
+        "copy": [run.parts.rag_connector.copy_bonus],
+    }
+    rows = without(run.world, rows_of(run.world, "train"), kept_apart)
+    loss_of = stages.episode_loss(run, "align", run.recipe.align, draw_episode, rows)
+    stages.train_stage(run, "align", run.recipe.align, groups, loss_of)
+
+
+def without(
+    world: World, rows: dict[str, list[int]], ids: frozenset[str], only: bool = False
+) -> dict[str, list[int]]:
+    """Rows whose picture is not among some (`only`: whose picture is)."""
+    kept: dict[str, list[int]] = {}
+    for source, found in rows.items():
+        if chosen := [row for row in found if (world.records[row].id in ids) == only]:
+            kept[source] = chosen
+    return kept
+
+
+def choose_mode(run: stages.Run, kept_apart: frozenset[str]) -> None:
+    """How the prompt shows memories: as what makes the right answers likeliest on pictures that
+    were not trained on."""
+    rows = without(run.world, rows_of(run.world, "train"), kept_apart, only=True)
+    found = read_modes(run, rows)
+    best = min(MODES, key=lambda mode: found[mode]["bits"])
+    run.parts.prompt = replace(run.parts.prompt, memory_mode=best)
+
+
+@torch.inference_mode()
+def read_modes(run: stages.Run, rows: dict[str, list[int]]) -> dict[str, dict[str, float]]:
+    """How well taught names and facts are read without a memory ("none"), and with memories as
+    text, latents or both: see `reading`."""
+    if not any(rows.get(source) for source in PICTURES):
+        return {}
+    taught = replace(run.recipe, mix=replace(run.recipe.mix, invented=1.0, crowded=0.0))
+    rng = Random(f"{run.recipe.seed}/modes")
+    episodes = [taught_episode(run.world, rows, taught, rng) for _ in range(CHECKED)]
+    found = {"none": reading(run, [replace(e, memories=()) for e in episodes])}
+    for mode in MODES:
+        found[mode] = reading(run, [replace(e, mode=mode) for e in episodes])
+    return found
+
+
+def reading(run: stages.Run, episodes: Sequence[Episode]) -> dict[str, float]:
+    """Of the right answers' tokens: mean "bits", and which share is the model's first choice."""
+    total = count = first = 0.0
+    for start in range(0, len(episodes), run.recipe.align.batch):
+        batch, inputs = stages.embed_episodes(run, episodes[start : start + run.recipe.align.batch])
+        bonus = run.parts.rag_connector.copy_bonus
+        with stages.lm_arithmetic(run.device.type):
+            logits, labels = answer_logits(stages.base_of(run.lm), inputs, batch, bonus)
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += len(labels)
+        first += (logits.argmax(-1) == labels).sum().item()
+    return {"bits": round(total / count * stages.BITS, 4), "first_choice": round(first / count, 4)}
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+def write_weights(
+    run: stages.Run, name: str, vlm: Vlm, weights: Path, quality: dict[str, Any]
+) -> None:
+    """The weights directory, its bank and the loss curve."""
+    parts, world = run.parts, run.world
+    shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run
+    weights.mkdir(parents=True)
+    save_file(packed(parts.compressor), weights / "compressor.safetensors")
+    names = {"vocabulary_ids": parts.vocabulary_ids.int()}
+    save_file(packed(parts.rag_connector) | names, weights / "rag_connector.safetensors")
+    assert parts.keys is not None
+    save_key_arrays(weights / "key.npz", parts.keys)
+    description = {
+        "base": {"name": name, "identity": identity(vlm)},
+        "memory": asdict(parts.compressor.shape),
+        "prompt": asdict(parts.prompt),
+        "quality": quality,
+    }
+    (weights / "recipe.json").write_text(json.dumps(description, indent=1) + "\n")
+    thumbnails = read_thumbnails(run.directory / "pictures.thumbs.jsonl")
+    build_bank(world, weights / "bank.sqlite", thumbnails)
+    plot_losses(run.log, run.directory / "loss.png")
+    print(f"weights: {weights}\nloss curve: {run.directory / 'loss.png'}")
+    for mode, found in quality.get("held_out", {}).items():
+        print(
+            f"held-out pictures, taught names and facts, {mode}: {found['bits']:.2f} bits an answer "
+            f"token, {found['first_choice']:.2f} of them the first choice"
+        )
+
+
+def load_base(vlm: Vlm, directory: Path) -> Parts:
+    """A model with the memory that was trained for it.
+
+    Raises InputError when the directory holds none, or one for another model.
+    """
+    try:
+        description = json.loads((directory / "recipe.json").read_text())
+        compressor = load_file(directory / "compressor.safetensors")
+        rag_connector = load_file(directory / "rag_connector.safetensors")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory} holds no trained memory ({error})") from None
+    base = description.get("base")
+    if not isinstance(base, dict) or base.get("identity") != identity(vlm):
+        name = base.get("name") if isinstance(base, dict) else "the default model"
+        raise InputError(f"{directory} holds a memory for another model: {name}")
+    shape = from_dict(MemoryShape, description["memory"], "memory")
+    prompt = from_dict(PromptSpec, description["prompt"], "prompt")
+    parts = base_parts(vlm, shape, prompt, rag_connector.pop("vocabulary_ids").long())
+    parts.compressor.load_state_dict(unpacked(compressor))
+    parts.rag_connector.load_state_dict(unpacked(rag_connector))
+    parts.keys = load_key_arrays(directory / "key.npz")
+    for module in parts.trained.values():
+        module.eval().requires_grad_(False)
+    return parts
