@@ -1,4 +1,4 @@
-"""A memory for a frozen vision-language model: what `tinyalign-train --base` gives one at full size.
+"""A memory for a frozen vision-language model: what `tinyalign-train --base` makes at full size.
 
     python benchmarks/base_memory.py [--out runs/base-benchmark] [--scale 1]
 
@@ -41,9 +41,8 @@ def default_as_other() -> Vlm:
     encoder = Encoder(parts.vision, ImageSpec(), VisionSpec(), "efficientnet")
     connector = Words(parts.own_connector).eval().requires_grad_(False)
     tokens = parts.own_connector.shape.tokens
-    return Vlm(
-        "default", encoder, connector, tokens, parts.lm, parts.tokenizer, parts.prompt, None
-    )
+    lm, tokenizer, prompt = parts.lm, parts.tokenizer, parts.prompt
+    return Vlm("default", "default", encoder, connector, tokens, lm, tokenizer, prompt, None)
 
 
 def main() -> None:
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=17)
     options = parser.parse_args()
     began = time.monotonic()
-    base.train_base(default_as_other(), "default", options.out, options.seed, options.scale)
+    base.train_base(default_as_other(), options.out, options.seed, options.scale)
     description = json.loads((options.out / "weights" / "recipe.json").read_text())
     found = {
         "scale": options.scale,

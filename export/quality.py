@@ -11,7 +11,7 @@ import importlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ WAYS: tuple[tuple[MemoryMode | None, bool], ...] = ((None, True), ("latent", Tru
 """How memories are read, in turn: as the model does by default, through the RAG connector, and not
 at all, as where nothing alike was taught (what is copied from a memory hardly ever changes)."""
 CHECKED, CALIBRATING = 48, 64  # questions, and pictures to calibrate a vision encoder on
+EACH = 3  # questions about each example picture where a bank has no others
 LIMIT = 24  # longest answer that is compared, in tokens
 MODULES = ("heapq", "doctest", "argparse", "decimal", "statistics", "pdb", "optparse", "threading")
 """Modules of Python's library whose English descriptions are the text for perplexity."""
@@ -128,8 +129,9 @@ def check_questions(bank: Path, most: int = CHECKED) -> list[Check]:
     need not be there), spread over it; about two colour ramps where there are neither."""
     shown = [*example_pictures(), *thumbnails(bank, most, 0.5)][:most]
     pictures = shown if len(shown) > 1 else colour_ramps()
-    asked = zip(pictures, cycle(QUESTIONS), cycle(WAYS), strict=False)
-    return [Check(picture, question, *way) for picture, question, way in asked]
+    asked = zip(cycle(pictures), cycle(QUESTIONS), cycle(WAYS), strict=False)
+    count = min(most, max(len(pictures), EACH * len(example_pictures())))
+    return [Check(picture, question, *way) for picture, question, way in islice(asked, count)]
 
 
 def calibration_pictures(bank: Path) -> list[Picture]:
@@ -187,8 +189,9 @@ class TorchSide:
         told = parts.embeddings[list(ids)][None]  # [1, n, D]
         output = parts.lm(inputs_embeds=torch.cat([rows, told], 1), logits_to_keep=len(ids) + 1)
         logits = output.logits[0]  # [n + 1, V]
-        if hits and (check.mode or prompt.memory_mode) != "latent":
-            logits[0, unknown_id(parts)] -= prompt.unknown_margin
+        margin = prompt.unknown_margin
+        if hits and margin and (check.mode or prompt.memory_mode) != "latent":
+            logits[0, unknown_id(parts)] -= margin
         sentences = [s for text in memory_texts(parts, hits) for s in text.to_copy()]
         return [choice(row, ids[:n], sentences, prompt) for n, row in enumerate(logits)]
 

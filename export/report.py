@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from tinyalign.bank import MemoryBank
 from tinyalign.export.components import SIGNATURES
-from tinyalign.export.precisions import Precisions
+from tinyalign.export.precisions import Precisions, components_of
 from tinyalign.export.quality import (
     QUESTIONS,
     AnswerReport,
@@ -155,12 +155,13 @@ def real_inputs(
         words = functional.embedding(ids, parts.embeddings)
         hits = recall(parts, banks, cells, QUESTIONS[0])
         latents = padded_latents(parts, hits) if hits else parts.compressor(words, members, cells)
-    return {
+    found = {
         "vision": (torch.from_numpy(pixels),),
         "connector": (cells,),
         "compressor": (words, members, cells),
         "rag_connector": (latents,),
     }
+    return {name: inputs for name, inputs in found.items() if name in components_of(parts)}
 
 
 def measure_lm(
@@ -188,7 +189,6 @@ def measure_lm(
         cache = parts.lm(inputs_embeds=rows, use_cache=True, logits_to_keep=1).past_key_values
 
         def torch_add() -> None:
-            cache.crop(count)
             parts.lm(inputs_embeds=rows[:, -1:], past_key_values=cache, use_cache=True)
 
         read_ms = median_ms(lambda: parts.lm(inputs_embeds=rows, logits_to_keep=1))
@@ -213,7 +213,7 @@ def run(session: ort.InferenceSession, name: str, inputs: tuple[torch.Tensor, ..
     """A component's first output."""
     signature = SIGNATURES[name]
     values = {key: v.numpy() for key, v in zip(signature.inputs, inputs, strict=True)}
-    result: Array = session.run(signature.outputs, values)[0]
+    result: Array = session.run(signature.outputs[:1], values)[0]
     return result
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from tinyalign.export.half import SMALLEST
-from tinyalign.export.precisions import CHOICES, Precisions
+from tinyalign.export.precisions import Precisions, components_of
 from tinyalign.export.quantize import BLOCK
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.manifest import Precision
@@ -27,7 +27,8 @@ MARGIN = 1.05  # for graphs, biases and alignment
 
 def model_bytes(parts: Parts, precisions: Precisions, bank: Path) -> int:
     """About how many bytes writing a model directory takes on the disk."""
-    components = sum(component_bytes(parts, name, precisions.of(name)) for name in CHOICES)
+    names = components_of(parts)
+    components = sum(component_bytes(parts, name, precisions.of(name)) for name in names)
     # a language model in fp16 is written in fp32 first
     draft = component_bytes(parts, "lm", "fp32") if precisions.lm == "fp16" else 0
     return components + draft + table_bytes(parts, bank)

@@ -32,7 +32,7 @@ from tinyalign.export.model_dir import (
     write_components,
     write_manifest,
 )
-from tinyalign.export.precisions import CHOICES, FLOATS, Precisions
+from tinyalign.export.precisions import CHOICES, FLOATS, Precisions, components_of
 from tinyalign.export.quality import (
     FLOOR,
     AnswerReport,
@@ -177,7 +177,8 @@ def try_all(
         work = Path(name)
         progress("report: the model in fp32")
         (work / "fp32").mkdir()
-        shutil.copyfile(chosen / BANK_NAME, work / "fp32" / BANK_NAME)
+        if parts.remembers:
+            shutil.copyfile(chosen / BANK_NAME, work / "fp32" / BANK_NAME)
         write_components(parts, work / "fp32", FLOATS, calibrating, lambda _: None)
         write_manifest(parts, work / "fp32", FLOATS, {})
         progress("report: torch's probabilities on a text")
@@ -194,7 +195,7 @@ def try_all(
                 trials.append(try_chosen(bench, model))
     return Trials(
         tuple(trials),
-        tuple(recommend(name, trials) for name in CHOICES),
+        tuple(recommend(name, trials) for name in CHOICES if name in components_of(parts)),
         text.perplexity(),
         len(checks),
         len(tasks),
@@ -254,6 +255,8 @@ def try_each(
     pictures = [check.picture for check in bench.checks[:PICTURES]]
     inputs = real_inputs(bench.side.parts, bench.base.banks, pictures)
     for name, choices in CHOICES.items():
+        if name not in components_of(bench.side.parts):
+            continue
         for precision in choices:
             if (name, precision) == ("lm", "int4") and precisions.lm != "int4":
                 continue

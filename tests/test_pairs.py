@@ -15,10 +15,12 @@ from torch import nn
 
 from tinyalign.export.components import export_component
 from tinyalign.export.lm import EMBEDDINGS_NAME, export_lm, write_embeddings
+from tinyalign.export.model_dir import context_of, write_manifest
 from tinyalign.export.precisions import FLOATS
-from tinyalign.export.vlm_dir import context_of, torch_answer, write_vlm_manifest
 from tinyalign.runtime import TinyAlign
 from tinyalign.runtime.manifest import PromptSpec
+from tinyalign.training.answer import answer
+from tinyalign.training.base import without_memory
 from tinyalign.training.models.encoders import Encoder, load_encoder
 from tinyalign.training.models.vlm import Vlm
 from tinyalign.training.models.vlm_prompt import FLOORS
@@ -68,7 +70,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Encode
 
 
 @pytest.fixture(scope="module")
-def connectors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[nn.Module, Path]]:
+def connectors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Projector, Path]]:
     """A connector to language models of each width, and a directory with its graph."""
     torch.manual_seed(5)
     found = {}
@@ -87,14 +89,16 @@ def connectors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[nn.M
 def test_every_pair_answers_as_in_torch(
     name: str,
     encoders: dict[str, tuple[Encoder, Path]],
-    connectors: dict[int, tuple[nn.Module, Path]],
+    connectors: dict[int, tuple[Projector, Path]],
     tmp_path: Path,
 ) -> None:
     lm = tiny_model(LMS[name])
     connector, place = connectors[lm.config.hidden_size]
     answers = set()
     for encoder, source in encoders.values():
-        vlm = Vlm("pair", encoder, connector, tiny_encoders.PATCHES, lm, tokenizer(), PROMPT, None)
+        kind, slots = "llava", tiny_encoders.PATCHES
+        vlm = Vlm("pair", kind, encoder, connector, slots, lm, tokenizer(), PROMPT, None)
+        parts = without_memory(vlm)
         target = tmp_path / encoder.model_type
         target.mkdir()
         for path in (*source.glob("vision.onnx*"), *place.glob("connector.onnx*")):
@@ -102,16 +106,15 @@ def test_every_pair_answers_as_in_torch(
         if not (tmp_path / "lm").exists():  # the language model's graph is written once
             (tmp_path / "lm").mkdir()
             write_embeddings(lm, tmp_path / "lm" / EMBEDDINGS_NAME)
-            export_lm(lm, tmp_path / "lm/lm.onnx", "fp32", context_of(vlm))
+            export_lm(lm, tmp_path / "lm/lm.onnx", "fp32", context_of(parts))
         for path in tmp_path.glob("lm/*"):
             shutil.copy(path, target)
         tokenizer().save(str(target / "tokenizer.json"))
-        write_vlm_manifest(vlm, target, "pair", FLOATS, {})
+        write_manifest(parts, target, FLOATS, {})
         with TinyAlign.load(target, threads=1) as model:
             for seed in range(2):
-                told = model.ask(picture(seed, (60, 48)), "what?", max_tokens=LIMIT)
-                assert list(told.token_ids) == torch_answer(
-                    vlm, picture(seed, (60, 48)), "what?", LIMIT
-                )
+                asked = (picture(seed, (60, 48)), "what?")
+                told = model.ask(*asked, max_tokens=LIMIT)
+                assert told.token_ids == answer(parts, [], *asked, LIMIT).ids
                 answers.add(told.token_ids)
     assert len(answers) > len(encoders)  # the picture matters

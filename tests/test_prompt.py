@@ -46,10 +46,10 @@ def test_golden_ids_with_two_memories(tok: Tokenizer) -> None:
         MemorySegment(0),
         TokenSegment(letters(tok, "\nMemory (close):")),
         MemorySegment(1),
-        TokenSegment((*letters(tok, "\nWhat?"), END, *tail)),
+        TokenSegment((*letters(tok, "\n\nWhat?"), END, *tail)),
     )
     assert segments[0].ids == (257, 84, 82, 68, 81, 198, 39, 68, 81, 68, 25)
-    assert segments[-1].ids[:7] == (198, 54, 71, 64, 83, 30, 258)
+    assert segments[-1].ids[:8] == (198, 198, 54, 71, 64, 83, 30, 258)
     assert token_count(segments, [4, 9]) == 11 + 2 + 6 + 1 + 16 + 4 + 16 + 9 + 19
 
 

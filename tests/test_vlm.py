@@ -28,12 +28,14 @@ from transformers import (
 from transformers.models.idefics3.image_processing_idefics3 import Idefics3ImageProcessor
 
 from tinyalign.export.cli import main
+from tinyalign.export.model_dir import write_components, write_manifest
 from tinyalign.export.precisions import FLOATS
-from tinyalign.export.vlm_dir import torch_answer, write_vlm, write_vlm_manifest
 from tinyalign.runtime import TinyAlign
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.images import load_for, preprocess
 from tinyalign.runtime.prompt import TokenSegment, build_prompt
+from tinyalign.training.answer import answer
+from tinyalign.training.base import without_memory
 from tinyalign.training.models.vlm import load_vlm
 
 SPECIAL = (
@@ -151,8 +153,9 @@ def test_the_same_greedy_tokens_as_the_torch_original(family: str, tmp_path: Pat
     write(source)
     target.mkdir()
     vlm = load_vlm(source)
-    write_vlm(vlm, target, FLOATS, [picture(0), picture(1)], lambda _: None)
-    write_vlm_manifest(vlm, target, "tiny", FLOATS, {})
+    parts = without_memory(vlm)
+    write_components(parts, target, FLOATS, [picture(0), picture(1)], lambda _: None)
+    write_manifest(parts, target, FLOATS, {})
     original = kind.from_pretrained(source).eval()
     table = original.get_input_embeddings().weight  # as the model directory holds it
     table.data = table.data.half().float()
@@ -179,7 +182,7 @@ def test_the_same_greedy_tokens_as_the_torch_original(family: str, tmp_path: Pat
             found = list(told.token_ids)
             assert found == expected[: len(found)]
             assert len(found) == 32 or told.finish_reason == "stop"
-            assert found == torch_answer(vlm, picture(seed), question, 32)
+            assert told.token_ids == answer(parts, [], picture(seed), question, 32).ids
             answers.add(tuple(found))
         with pytest.raises(InputError, match="has no memory"):
             model.memory(picture(0), "This is it.")
@@ -360,8 +363,9 @@ def test_nanovlm_gives_the_tokens_that_its_own_arithmetic_gives(tmp_path: Path) 
     tensors = write_nano(source)
     vlm = load_vlm(source)
     assert vlm.prompt.system == "<s>user\n<global-img>" and vlm.prompt.image == (4,)
-    write_vlm(vlm, target, FLOATS, [picture(0), picture(1)], lambda _: None)
-    write_vlm_manifest(vlm, target, "tiny", FLOATS, {})
+    parts = without_memory(vlm)
+    write_components(parts, target, FLOATS, [picture(0), picture(1)], lambda _: None)
+    write_manifest(parts, target, FLOATS, {})
     table = tensors["decoder.token_embedding.weight"]
     with TinyAlign.load(target, threads=1) as model:
         for seed, question in ((0, "What is this?"), (1, "why")):

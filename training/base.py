@@ -64,8 +64,7 @@ MODES: tuple[MemoryMode, ...] = ("text", "latent", "both")
 
 def base_recipe(vlm: Vlm, seed: int, scale: float) -> Recipe:
     """Shapes that fit a model, and stages for what is trained of it."""
-    width, vision_width = vlm.lm.config.hidden_size, vlm.encoder.vision.width
-    shape = MemoryShape(width, vision_width, latent_width=min(MemoryShape.latent_width, width))
+    shape = memory_shape(vlm)
     # The language model stays as it is, so it cannot learn to say that it does not know.
     mix = Mix(taught=0.75, neighbours=0.15, missing=0, unknown=0, text=0.1, both=0.2)
 
@@ -76,8 +75,8 @@ def base_recipe(vlm: Vlm, seed: int, scale: float) -> Recipe:
         seed=seed,
         memory=shape,
         prompt=prompt_with_memory(vlm.prompt),
-        image_key_width=min(192, vision_width),
-        text_key_width=min(64, width),
+        image_key_width=min(192, shape.vision_width),
+        text_key_width=min(64, shape.width),
         mix=mix,
         bags=stage(300, 24, {"compressor": 2e-3, "rag_connector": 2e-3}),
         align=stage(200, 8, {"rag_connector": 2e-4, "copy": 2e-2}),
@@ -109,8 +108,21 @@ def base_parts(vlm: Vlm, shape: MemoryShape, prompt: PromptSpec, vocabulary_ids:
     return Parts(
         vlm.encoder.module, vlm.lm, vlm.tokenizer, vlm.connector, Compressor(shape),
         RagConnector(shape, vocabulary, radius), prompt, vocabulary_ids, torch.empty(0, 0),
-        image=vlm.encoder.image,
+        image=vlm.encoder.image, seen=vlm.encoder.vision, name=vlm.name, chat=vlm.chat,
     )  # fmt: skip
+
+
+def without_memory(vlm: Vlm) -> Parts:
+    """A model as it came: what would make a memory is there, untrained, and not used."""
+    shape = memory_shape(vlm)
+    return base_parts(vlm, shape, vlm.prompt, torch.zeros(1, dtype=torch.long))
+
+
+def memory_shape(vlm: Vlm) -> MemoryShape:
+    """The sizes of a memory for a model."""
+    width = vlm.lm.config.hidden_size
+    latent_width = min(MemoryShape.latent_width, width)
+    return MemoryShape(width, vlm.encoder.vision.width, latent_width=latent_width)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -190,14 +202,13 @@ def base_world(vlm: Vlm, recipe: Recipe, directory: Path, encoded: Encoded) -> W
 
 def train_base(
     vlm: Vlm,
-    name: str,
     directory: Path,
     seed: int,
     scale: float,
     until: str = "1",
     data: Sequence[llava.Data] = (),
 ) -> None:
-    """Train a memory for a model, which is called `name`.
+    """Train a memory for a model.
 
     `until`: "prepare", "0" or "1". A run that was stopped goes on where it was. Writes
     `weights/` into the run directory, for `tinyalign-export --from MODEL --weights`. Raises
@@ -223,7 +234,7 @@ def train_base(
     parts.to(torch.device("cpu"))
     parts.finish()
     quality = {} if until == "0" else {"held_out": read_modes(run, rows_of(world, "held"))}
-    write_weights(run, name, vlm, directory / "weights", quality)
+    write_weights(run, vlm, directory / "weights", quality)
 
 
 def check_same_run(directory: Path, vlm: Vlm, settings: Sequence[Any]) -> None:
@@ -327,9 +338,7 @@ def reading(run: stages.Run, episodes: Sequence[Episode]) -> dict[str, float]:
 # ---- weights -------------------------------------------------------------------------------------
 
 
-def write_weights(
-    run: stages.Run, name: str, vlm: Vlm, weights: Path, quality: dict[str, Any]
-) -> None:
+def write_weights(run: stages.Run, vlm: Vlm, weights: Path, quality: dict[str, Any]) -> None:
     """The weights directory, its bank and the loss curve."""
     parts, world = run.parts, run.world
     shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run
@@ -340,7 +349,7 @@ def write_weights(
     assert parts.keys is not None
     save_key_arrays(weights / "key.npz", parts.keys)
     description = {
-        "base": {"name": name, "identity": identity(vlm)},
+        "base": {"name": vlm.name, "identity": identity(vlm)},
         "memory": asdict(parts.compressor.shape),
         "prompt": asdict(parts.prompt),
         "quality": quality,
@@ -352,8 +361,8 @@ def write_weights(
     print(f"weights: {weights}\nloss curve: {run.directory / 'loss.png'}")
     for mode, found in quality.get("held_out", {}).items():
         print(
-            f"held-out pictures, taught names and facts, {mode}: {found['bits']:.2f} bits an answer "
-            f"token, {found['first_choice']:.2f} of them the first choice"
+            f"held-out pictures, taught names and facts, {mode}: {found['bits']:.2f} bits an "
+            f"answer token, {found['first_choice']:.2f} of them the first choice"
         )
 
 

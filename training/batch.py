@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tinyalign.runtime.manifest import MemoryMode, PromptSpec
 from tinyalign.runtime.memory_text import MemoryText, copies, read_memory
@@ -248,6 +248,22 @@ def answer_loss(
     return F.cross_entropy(*answer_logits(lm, inputs, batch, copy_bonus))
 
 
+def attention_masks(
+    config: PretrainedConfig, batch: Batch, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """What every token may attend to, [B, 1, N, N] of 0 and -inf; by kind of layer in models where
+    some layers only see the last `sliding_window` tokens."""
+    full = batch.mask.to(dtype)
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        return full
+    far = batch.positions[:, :, None] - batch.positions[:, None, :] >= window  # [B, N, N]
+    sliding = full.masked_fill(far[:, None], torch.finfo(dtype).min)
+    if getattr(config, "layer_types", None) is None:  # Phi-3: all layers
+        return sliding
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
 def answer_logits(
     lm: PreTrainedModel, inputs: Tensor, batch: Batch, copy_bonus: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -257,7 +273,7 @@ def answer_logits(
     """
     hidden = lm.model(
         inputs_embeds=inputs,
-        attention_mask=batch.mask.to(inputs.dtype),
+        attention_mask=attention_masks(lm.config, batch, inputs.dtype),
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state

@@ -138,17 +138,16 @@ def train_base(arguments: argparse.Namespace) -> None:
     if arguments.until == "2":
         raise InputError("--base ends with stage 1: the language model stays as it is")
     from tinyalign.training import base
-    from tinyalign.training.hub import model_place
+    from tinyalign.training.hub import model_name, model_place
     from tinyalign.training.llava import read_data
     from tinyalign.training.models.vlm import load_vlm
 
     data = [read_data(file, images) for file, images in arguments.data]
-    source = model_place(arguments.base)
-    name = arguments.base.rstrip("/").split("@")[0].split("/")[-1]
+    name = model_name(arguments.base)
     directory = arguments.out or Path("runs") / name
-    vlm = load_vlm(source)
+    vlm = load_vlm(model_place(arguments.base), name)
     until = arguments.until or "1"
-    base.train_base(vlm, name, directory, arguments.seed, arguments.scale, until, data)
+    base.train_base(vlm, directory, arguments.seed, arguments.scale, until, data)
 
 
 if __name__ == "__main__":

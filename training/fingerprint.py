@@ -18,13 +18,14 @@ def fingerprint_of(parts: Parts) -> str:
     The connectors and the LM do not enter: training them leaves every bank valid.
     """
     digest = hashlib.sha256(image_words(parts.image).encode())
-    for module in (parts.vision, parts.compressor):
+    modules = (parts.vision, parts.compressor) if parts.remembers else (parts.vision,)
+    for module in modules:
         for name, value in sorted(module.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().half().numpy().tobytes())
-    assert parts.keys is not None
-    for item in fields(parts.keys):
-        digest.update(np.asarray(getattr(parts.keys, item.name), np.float32).tobytes())
+    if parts.keys is not None:
+        for item in fields(parts.keys):
+            digest.update(np.asarray(getattr(parts.keys, item.name), np.float32).tobytes())
     return digest.hexdigest()
 
 

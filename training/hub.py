@@ -36,6 +36,11 @@ def model_place(name: str) -> Path:
         return Path(api.snapshot_download(repo, revision=info.sha, allow_patterns=list(READ)))
 
 
+def model_name(name: str) -> str:
+    """What a model is called, by where it lies or its name on a hub."""
+    return name.partition("@")[0].rstrip("/").rpartition("/")[2] or "model"
+
+
 def hub() -> Any:
     """The hub that HF_ENDPOINT names, or the public one; InputError if its client is missing."""
     try:

@@ -33,7 +33,14 @@ from transformers import PreTrainedModel
 
 from tinyalign.bank.errors import InputError
 from tinyalign.runtime.keys import KeyArrays, load_key_arrays, save_key_arrays
-from tinyalign.runtime.manifest import NEXT_TOKENS, ImageSpec, PromptSpec, from_dict
+from tinyalign.runtime.manifest import (
+    NEXT_TOKENS,
+    ChatTemplate,
+    ImageSpec,
+    PromptSpec,
+    VisionSpec,
+    from_dict,
+)
 from tinyalign.training.lm import load_lm, load_tokenizer, token_table
 from tinyalign.training.modules import (
     Compressor,
@@ -69,11 +76,24 @@ class Parts:
     keys: KeyArrays | None = None
     next_tokens: NDArray[np.uint32] | None = None  # [V], see next_tokens.py
     image: ImageSpec = field(default_factory=ImageSpec)
+    seen: VisionSpec = field(default_factory=VisionSpec)
+    name: str = "default"
+    chat: ChatTemplate | None = None
 
     @property
     def embeddings(self) -> Tensor:
         """The LM's token embeddings [V, D], frozen."""
         return token_table(self.lm)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a memory: another model may have none, and so no key recipe."""
+        return self.keys is not None
+
+    @property
+    def slots(self) -> int:
+        """T, the number of image tokens."""
+        return sum(piece for piece in self.prompt.image if isinstance(piece, int))
 
     @property
     def own_connector(self) -> Connector:

@@ -54,6 +54,7 @@ from tinyalign.training.modules import Projector
 class Vlm:
     """A vision-language model in torch, in parts. All in float32 and eval mode."""
 
+    name: str
     model_type: str
     encoder: Encoder  # pixels f32 [B, 3, S, S] -> cells f32 [B, 1 + P, Dv], row 0 their mean
     connector: Projector  # cells -> image tokens f32 [B, T, D]
@@ -88,14 +89,15 @@ class WholePicture(nn.Module):
         return with_mean(self.norm(states))
 
 
-def load_vlm(directory: Path) -> Vlm:
-    """A vision-language model of transformers from its directory.
+def load_vlm(directory: Path, name: str | None = None) -> Vlm:
+    """A vision-language model of transformers from its directory, which it is called by unless
+    otherwise said.
 
     Raises InputError for another kind of model, an incomplete directory, a language model that
     cannot be exported, and a chat template that cannot be written as pieces.
     """
     if nanovlm.is_one(directory):
-        return load_nanovlm(directory)
+        return load_nanovlm(directory, name or directory.resolve().name)
     checkpoint = open_checkpoint(directory)
     if checkpoint.model_type not in SPLITS:
         raise InputError(
@@ -116,10 +118,12 @@ def load_vlm(directory: Path) -> Vlm:
     marks = marks_of(model.config, whole)
     prompt = read_prompt(directory, whole, marks, tokenizer, tokens)
     chat = read_chat(whole)
-    return Vlm(checkpoint.model_type, encoder, connector, tokens, lm, tokenizer, prompt, *chat)
+    name = name or directory.resolve().name
+    kind = checkpoint.model_type
+    return Vlm(name, kind, encoder, connector, tokens, lm, tokenizer, prompt, *chat)
 
 
-def load_nanovlm(directory: Path) -> Vlm:
+def load_nanovlm(directory: Path, name: str) -> Vlm:
     """The same for a directory that nanoVLM has written, completed with its tokenizer."""
     config = nanovlm.read_config(directory)
     tower, projector, lm = nanovlm.read_modules(directory, config)
@@ -132,7 +136,7 @@ def load_nanovlm(directory: Path) -> Vlm:
     prompt = read_prompt(directory, whole, nanovlm.marks_of(config), tokenizer, tokens)
     connector = Projector(projector).eval().requires_grad_(False)
     chat = read_chat(whole)
-    return Vlm("nanovlm", encoder, connector, tokens, lm, tokenizer, prompt, *chat)
+    return Vlm(name, "nanovlm", encoder, connector, tokens, lm, tokenizer, prompt, *chat)
 
 
 def read_chat(whole: Any) -> tuple[ChatTemplate | None, str]:
