@@ -248,7 +248,7 @@ def test_standard_input_that_cannot_be_read(run: Callable, place: Path, tiny: Pa
         ("vision.onnx", lambda p: p.write_bytes(p.read_bytes()[:-1] + b"!"), "SHA-256"),
         (MANIFEST_NAME, lambda p: p.unlink(), f"has no {MANIFEST_NAME}"),
         (MANIFEST_NAME, lambda p: p.write_text(p.read_text()[:300]), "not valid JSON"),
-        (MANIFEST_NAME, lambda p: swap(p, '"format": 3', '"format": 9'), "format 9, newer than 3"),
+        (MANIFEST_NAME, lambda p: swap(p, '"format": 4', '"format": 9'), "format 9, newer than 4"),
         (MANIFEST_NAME, lambda p: swap(p, "vision.onnx", "../v"), "leaves the model directory"),
     ],
 )

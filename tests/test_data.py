@@ -277,7 +277,7 @@ def test_features_are_read_while_they_grow(tmp_path) -> None:
     cells, records = load_features(tmp_path)
     assert cells.shape == (2, 10, 1280) and np.array_equal(cells, rows)
     assert records == [record(questions=(("a?", "b"),))] * 2
-    kept = features._trim_to_whole_rows(folder / "emoji.f16")
+    kept = features._trim_to_whole_rows(folder / "emoji.f16", features._ROW_BYTES)
     assert len(kept) == 2 and (folder / "emoji.f16").stat().st_size == rows.nbytes
     with pytest.raises(TinyAlignError, match="no features"):
         load_features(tmp_path, ("clipart",))

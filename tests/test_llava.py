@@ -21,7 +21,7 @@ from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.images import load_picture, preprocess
 from tinyalign.runtime.prompt import encode_text
 from tinyalign.training import cli as train_cli
-from tinyalign.training import episodes, features, llava, pipeline, stages
+from tinyalign.training import episodes, llava, pipeline, stages
 from tinyalign.training.features import IMAGE, Record, load_features, load_thumbnails
 from tinyalign.training.llava import (
     check_together,
@@ -65,7 +65,7 @@ def fake_encoder(cache: Path) -> Callable[[np.ndarray], np.ndarray]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for the data; its feature cache lies beside it, the encoder is a stand-in."""
     monkeypatch.setenv("TINYALIGN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(features, "encoder", fake_encoder)
+    monkeypatch.setattr(llava, "encoder", fake_encoder)
     folder = tmp_path / "data"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -253,7 +253,7 @@ def test_encoding_continues_where_it_stopped(place: Path, monkeypatch: pytest.Mo
         return stop
 
     encode_data(data, place / "whole")
-    monkeypatch.setattr(features, "encoder", stopping)
+    monkeypatch.setattr(llava, "encoder", stopping)
     with pytest.raises(KeyboardInterrupt):
         encode_data(data)
     _, records = load_features(sources=(data.source,))
@@ -263,7 +263,7 @@ def test_encoding_continues_where_it_stopped(place: Path, monkeypatch: pytest.Mo
     cells, records = load_features(sources=(data.source,))
     expected = load_features(place / "whole", sources=(data.source,))
     assert np.array_equal(cells, expected[0]) and records == expected[1]
-    monkeypatch.setattr(features, "encoder", lambda cache: pytest.fail("encoded again"))
+    monkeypatch.setattr(llava, "encoder", lambda cache: pytest.fail("encoded again"))
     encode_data(read_data(Path("qa.json")))
 
 

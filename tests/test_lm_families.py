@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tinyalign.export import language_models
 from tinyalign.export.gptq import calibrate
 from tinyalign.export.graph import Precision
 from tinyalign.export.lm import (
@@ -36,6 +35,7 @@ from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.lm import LanguageModel
 from tinyalign.runtime.loading import open_session
 from tinyalign.training.lm import LLAMA_LAYER, LLAMA_TOP, embedding_rows
+from tinyalign.training.models import language_models
 from tinyalign.training.models.language_models import check_memory, load_language_model
 from tinyalign.training.models.supported import check_exportable
 

@@ -50,7 +50,7 @@ def test_golden_ids_with_two_memories(tok: Tokenizer) -> None:
     )
     assert segments[0].ids == (257, 84, 82, 68, 81, 198, 39, 68, 81, 68, 25)
     assert segments[-1].ids[:8] == (198, 198, 54, 71, 64, 83, 30, 258)
-    assert token_count(segments, [4, 9]) == 11 + 2 + 6 + 1 + 16 + 4 + 16 + 9 + 19
+    assert token_count(segments, [4, 9]) == 11 + 2 + 6 + 1 + 16 + 4 + 16 + 9 + 1 + 19
 
 
 def test_no_memory_leaves_nothing_of_it(tok: Tokenizer) -> None:
