@@ -148,7 +148,7 @@ CHANGES = {
     "is damaged: lm.onnx is not what its SHA-256 says": {"lm__onnx": b""},
     "has no tinyalign.json: not a model": {"tinyalign__json": None},
     "tinyalign.json is not valid JSON": {"tinyalign__json": b"{"},
-    "missing key compressor": {"tinyalign__json": b'{"format": 4}'},
+    "missing key chat": {"tinyalign__json": b'{"format": 4}'},
 }
 
 
