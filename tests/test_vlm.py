@@ -201,7 +201,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert told["answers"]["equal"] == told["answers"]["prompts"] > 0
     with TinyAlign.load(tmp_path / "out", threads=1) as model:
         assert model.ask(picture(3), "What is this?", max_tokens=4).tokens
-    assert main([*arguments, "--minimal"]) == 2
+    report = tmp_path / "report"
+    assert main([*arguments, *fp32, "--minimal", "--report", str(report)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {c["component"] for c in told["components"]} >= {"vision", "connector"}
+    tried = {(t["component"], t["precision"]) for t in told["report"]["trials"]}
+    assert {("vision", "fp16"), ("connector", "int8"), ("lm", "int8")} <= tried
+    assert not any("compressor" in component for component, _ in tried)
+    with TinyAlign.load(tmp_path / "out", threads=1) as model:
+        assert model.parts.manifest.file("lm.ort").bytes > 0
+        assert model.ask(picture(3), "What is this?", max_tokens=4).tokens
     (tmp_path / "llava" / "config.json").unlink()
     assert main(arguments) == 2 and "no config.json" in capsys.readouterr().err
 
