@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter, TokenType
-from transformers import LlamaConfig, LlamaForCausalLM
+from gguf import MODEL_ARCH_NAMES, GGUFWriter, TokenType, get_tensor_name_map
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tinyalign.bank.errors import InputError
-from tinyalign.training.lm import LLAMA_LAYER, LLAMA_TOP, load_lm, load_tokenizer
+from tinyalign.training.lm import load_lm, load_tokenizer
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
 TOKENS = ["<|end|>", "<|im_start|>", *"abcdehlo", "Ġ", "Ċ", "1", "2", "Ã", "¼", "he", "ll", "Ġhe"]
@@ -48,38 +49,75 @@ def rope_order(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight[order]
 
 
-@pytest.fixture(scope="module")
-def gguf_path(llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_block_count(LAYERS)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_freq_base(50000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * (len(TOKENS) - 2))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(0)
-    state = {name: tensor.numpy() for name, tensor in llama.state_dict().items()}
-    for name, target in LLAMA_TOP.items():
-        if name != "output.weight":
-            writer.add_tensor(name, state[target])
-    for layer in range(LAYERS):
-        for name, target in LLAMA_LAYER.items():
-            weight = state[f"model.layers.{layer}.{target}"]
-            if name in ("attn_q.weight", "attn_k.weight"):
-                weight = rope_order(weight, HEADS if name == "attn_q.weight" else KV_HEADS)
-            writer.add_tensor(f"blk.{layer}.{name}", weight)
+def gguf_metadata(
+    model: PreTrainedModel, tokens: list[str], merges: list[str], pre: str = "smollm"
+) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a model; the first two tokens are control tokens."""
+    config = model.config
+    arch = config.model_type
+    return {
+        f"{arch}.context_length": config.max_position_embeddings,
+        f"{arch}.embedding_length": config.hidden_size,
+        f"{arch}.feed_forward_length": config.intermediate_size,
+        f"{arch}.block_count": config.num_hidden_layers,
+        f"{arch}.attention.head_count": config.num_attention_heads,
+        f"{arch}.attention.head_count_kv": config.num_key_value_heads,
+        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{arch}.rope.freq_base": float(config.rope_theta),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [TokenType.CONTROL] * 2
+        + [TokenType.NORMAL] * (len(tokens) - 2),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+
+
+def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """The tensors of a model by the names of the gguf package, in llama.cpp's order."""
+    config = model.config
+    arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == config.model_type)
+    names = get_tensor_name_map(arch, config.num_hidden_layers)
+    heads = {"attn_q.weight": config.num_attention_heads}
+    heads["attn_k.weight"] = config.num_key_value_heads
+    tensors: dict[str, np.ndarray] = {}
+    for target, tensor in model.state_dict().items():
+        if target == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        name = names.get_name(target, (".weight", ".bias"))
+        assert name is not None
+        weight = tensor.numpy()
+        suffix = name.split(".", 2)[-1]
+        if config.model_type == "llama" and suffix in heads:
+            weight = rope_order(weight, heads[suffix])
+        tensors[name] = weight
+    return tensors
+
+
+def write_gguf(
+    path: Path, family: str, metadata: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> None:
+    """A GGUF file; what is None is left out."""
+    writer = GGUFWriter(path, family)
+    adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in metadata.items():
+        if value is not None:
+            adders.get(type(value), writer.add_array)(key, value)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.fixture(scope="module")
+def gguf_path(llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path, "llama", gguf_metadata(llama, TOKENS, MERGES), gguf_tensors(llama))
     return path
 
 

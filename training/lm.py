@@ -1,36 +1,60 @@
 """The language model and its tokenizer, read from a GGUF file.
 
 A GGUF file holds the hyperparameters, the (quantized) weights, the vocabulary and the merges of one
-language model. Here the weights become plain float32 in a transformers `LlamaForCausalLM`, so that
-training and export see exactly the numbers the file ships; nothing else of the file is kept.
+language model. Here the weights become plain float32 in a module of transformers, so that training
+and export see exactly the numbers the file ships; nothing else of the file is kept. What is read is
+what was trained: a file with more or less in it than is understood is refused with one line.
 
-Only the Llama family is read. Another family needs its own `*_config` and `*_name` functions and a
-branch in `load_lm`; the rest (dequantizing, tokenizer, tied embeddings) is common to all.
+A further architecture is one more entry in `ARCHITECTURES`, if llama.cpp stores it as plainly.
 
-Two things differ from how transformers stores a Llama:
-- llama.cpp reorders the rows of the query and key weights, because it rotates neighbouring pairs
-  while transformers rotates the two halves of a head; `undo_rope_order` puts them back;
+Two things differ from how transformers stores a model:
+- llama.cpp reorders the rows of a Llama's query and key weights, because it rotates neighbouring
+  pairs there while transformers rotates the two halves of a head; `undo_rope_order` puts them back;
 - token embeddings are rounded through float16 once, because the model directory ships them as
   float16 and the tied head must agree with them to the last bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, TokenType, dequantize
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tinyalign.bank.errors import InputError
+from tinyalign.training.gguf_reader import DIVISORS, ELSEWHERE, GgufFile, config_settings, open_gguf
+from tinyalign.training.gguf_tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# GGUF tensor name -> transformers name; "{i}" is the layer.
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp stores the language models of one architecture."""
+
+    config: type[PretrainedConfig]
+    model: type[Any]
+    layer: dict[str, str]  # tensors of a layer: GGUF name -> transformers name
+    woven: bool = False  # rows of queries and keys are in neighbouring pairs
+    divisors: bool = False  # there may be DIVISORS, for which the config stands
+
+
+# GGUF tensor name -> transformers name, of all architectures here.
 LLAMA_TOP = {
     "token_embd.weight": "model.embed_tokens.weight",  # [V, D]
     "output_norm.weight": "model.norm.weight",  # [D]
@@ -47,40 +71,142 @@ LLAMA_LAYER = {
     "ffn_up.weight": "mlp.up_proj.weight",  # [F, D]
     "ffn_down.weight": "mlp.down_proj.weight",  # [D, F]
 }
+QWEN2_LAYER = LLAMA_LAYER | {
+    "attn_q.bias": "self_attn.q_proj.bias",  # [H * hd]
+    "attn_k.bias": "self_attn.k_proj.bias",  # [Hkv * hd]
+    "attn_v.bias": "self_attn.v_proj.bias",  # [Hkv * hd]
+}
+QWEN3_LAYER = LLAMA_LAYER | {
+    "attn_q_norm.weight": "self_attn.q_norm.weight",  # [hd]
+    "attn_k_norm.weight": "self_attn.k_norm.weight",  # [hd]
+}
+ARCHITECTURES = {
+    "llama": Architecture(LlamaConfig, LlamaForCausalLM, LLAMA_LAYER, woven=True, divisors=True),
+    "qwen2": Architecture(Qwen2Config, Qwen2ForCausalLM, QWEN2_LAYER),
+    "qwen3": Architecture(Qwen3Config, Qwen3ForCausalLM, QWEN3_LAYER),
+}
+"""By the name in `general.architecture`."""
 
 
-def load_lm(gguf_path: Path | str) -> LlamaForCausalLM:
+@dataclass(frozen=True)
+class LmFile:
+    """A GGUF file every tensor of which has its place in a language model, and none lacks."""
+
+    file: GgufFile
+    architecture: Architecture
+    config: PretrainedConfig
+    places: dict[str, str]  # GGUF tensor name -> transformers name
+
+
+def load_lm(gguf_path: Path | str) -> PreTrainedModel:
     """The language model of a GGUF file as float32 transformers module in eval mode.
 
-    Raises InputError when there is no such file, or it is not a Llama in a GGUF file.
+    Raises InputError when there is no such file, or it does not hold just such a model.
     """
-    reader = open_gguf(gguf_path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = llama_config(reader, tied="output.weight" not in tensors)
-    heads = {
-        "attn_q.weight": config.num_attention_heads,
-        "attn_k.weight": config.num_key_value_heads,
-    }
+    return build_lm(check_lm(open_gguf(gguf_path)))
+
+
+def load_tokenizer(gguf_path: Path | str) -> Tokenizer:
+    """The tokenizer of a GGUF file: byte-level BPE, control tokens as specials.
+
+    No token is added at the start or the end of a text. Raises as `load_lm`.
+    """
+    return tokenizer_of(open_gguf(gguf_path))
+
+
+def check_lm(file: GgufFile) -> LmFile:
+    """What of a file becomes what of a model; InputError unless all of it is understood."""
+    family = file.field("general.architecture")
+    if family not in ARCHITECTURES:
+        raise InputError(
+            f"{file.path}: of GGUF files only those of the architectures "
+            f"{', '.join(ARCHITECTURES)} are read, not {family!r}: {ELSEWHERE}"
+        )
+    architecture = ARCHITECTURES[family]
+    if missing := first_missing(file, architecture, file.count(f"{family}.block_count")):
+        raise InputError(f"{file.path} does not hold a whole {family}: {missing} is missing")
+    places: dict[str, str] = {}
+    for name in file.tensors:
+        place = transformers_name(architecture, name)
+        if place is not None:
+            places[name] = place
+        elif not (architecture.divisors and name == DIVISORS):
+            raise InputError(f"{file.path}: tensor {name!r} is not part of a {family}")
+    config = architecture.config(**config_settings(file, family))
+    check_shapes(file, architecture, config, places)
+    return LmFile(file, architecture, config, places)
+
+
+def check_shapes(
+    file: GgufFile, architecture: Architecture, config: PretrainedConfig, places: dict[str, str]
+) -> None:
+    """Raises InputError for a tensor of another shape than the config says, or of no layer."""
+    with torch.device("meta"):  # nothing but shapes
+        model = architecture.model(config)
+    shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    for name, place in places.items():
+        shape, wanted = file.tensors[name].shape[::-1].tolist(), shapes.get(place)
+        if wanted is None:
+            raise InputError(
+                f"{file.path}: tensor {name!r} is beyond the {config.num_hidden_layers} layers"
+            )
+        if shape != wanted:
+            raise InputError(f"{file.path}: tensor {name!r} has the shape {shape}, not {wanted}")
+
+
+def first_missing(file: GgufFile, architecture: Architecture, layers: int) -> str | None:
+    """The name of a tensor that the file lacks. A missing output.weight means a tied head."""
+
+    def wanted() -> Iterator[str]:
+        yield from (name for name in LLAMA_TOP if name != "output.weight")
+        for layer in range(layers):
+            yield from (f"blk.{layer}.{name}" for name in architecture.layer)
+
+    return next((name for name in wanted() if name not in file.tensors), None)
+
+
+def build_lm(source: LmFile) -> PreTrainedModel:
+    """The model of a file, its weights in float32."""
+    file, config = source.file, source.config
+    heads: dict[str, int] = {}
+    if source.architecture.woven:
+        heads["attn_q.weight"] = config.num_attention_heads
+        heads["attn_k.weight"] = config.num_key_value_heads
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        target = llama_name(name)
-        if target is None:
-            raise InputError(f"{gguf_path}: tensor {name!r} is not part of a Llama")
-        weight = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+    for name, place in source.places.items():
+        weight = file.weight(name)
         suffix = name.split(".", 2)[-1]
         if suffix in heads:
             weight = undo_rope_order(weight, heads[suffix])
         if name == "token_embd.weight":
             weight = weight.astype(np.float16).astype(np.float32)
-        state[target] = torch.from_numpy(weight)
+        state[place] = torch.from_numpy(weight)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+    model: PreTrainedModel = source.architecture.model.from_pretrained(
         None, config=config, state_dict=state
     )
     model.tie_weights()
     model.requires_grad_(False).eval()
     return model
+
+
+def transformers_name(architecture: Architecture, name: str) -> str | None:
+    """The transformers name of a GGUF tensor such as "blk.3.attn_q.weight", None when unknown."""
+    if name in LLAMA_TOP:
+        return LLAMA_TOP[name]
+    block, _, rest = name.partition(".")
+    layer, _, suffix = rest.partition(".")
+    if block != "blk" or suffix not in architecture.layer:
+        return None
+    return f"model.layers.{layer}.{architecture.layer[suffix]}"
+
+
+def undo_rope_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Rows of a query or key weight [heads * hd, D] from interleaved pairs back to two halves."""
+    rows, width = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, width)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, width))
 
 
 def token_table(lm: PreTrainedModel) -> torch.Tensor:
@@ -113,91 +239,3 @@ def round_embeddings(lm: PreTrainedModel) -> None:
     assert isinstance(weight, torch.Tensor)
     scale = embedding_scale(lm)
     weight.data = ((weight.data.float() * scale).half().float() / scale).to(weight.dtype)
-
-
-def load_tokenizer(gguf_path: Path | str) -> Tokenizer:
-    """The tokenizer of a GGUF file: byte-level BPE, single digits, control tokens as specials.
-
-    No token is added at the start or the end of a text. Raises as `load_lm`.
-    """
-    reader = open_gguf(gguf_path)
-    if field(reader, "tokenizer.ggml.model") != "gpt2":
-        raise InputError(f"{gguf_path}: only byte-level BPE tokenizers can be read")
-    tokens: list[str] = field(reader, "tokenizer.ggml.tokens")
-    kinds: list[int] = field(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
-    return tokenizer
-
-
-def open_gguf(gguf_path: Path | str) -> GGUFReader:
-    """Map a GGUF file; InputError with its path when it is missing, foreign or cut short."""
-    if not Path(gguf_path).is_file():
-        raise InputError(f"{gguf_path}: no such file")
-    try:
-        return GGUFReader(gguf_path)
-    except (ValueError, IndexError) as error:
-        raise InputError(f"{gguf_path}: not a readable GGUF file ({error})") from error
-
-
-def field(reader: GGUFReader, key: str) -> Any:
-    """One metadata value of a GGUF file; InputError when it is not there."""
-    value = reader.get_field(key)
-    if value is None:
-        raise InputError(f"GGUF metadata {key!r} is missing")
-    return value.contents()
-
-
-def llama_config(reader: GGUFReader, tied: bool) -> LlamaConfig:
-    """Hyperparameters of a Llama GGUF file. `tied`: the head is the embedding table."""
-    family = field(reader, "general.architecture")
-    if family != "llama":
-        raise InputError(f"language model family {family!r} is not supported, only 'llama'")
-    theta = float(field(reader, "llama.rope.freq_base"))
-    return LlamaConfig(
-        vocab_size=len(field(reader, "tokenizer.ggml.tokens")),
-        hidden_size=field(reader, "llama.embedding_length"),
-        intermediate_size=field(reader, "llama.feed_forward_length"),
-        num_hidden_layers=field(reader, "llama.block_count"),
-        num_attention_heads=field(reader, "llama.attention.head_count"),
-        num_key_value_heads=field(reader, "llama.attention.head_count_kv"),
-        max_position_embeddings=field(reader, "llama.context_length"),
-        # the shortest decimal of the file's float32: 1e-05, not 9.999999747378752e-06
-        rms_norm_eps=float(
-            str(np.float32(field(reader, "llama.attention.layer_norm_rms_epsilon")))
-        ),
-        # transformers 4 reads the first key, transformers 5 the second; a saved config needs both
-        rope_theta=theta,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-        bos_token_id=field(reader, "tokenizer.ggml.bos_token_id"),
-        eos_token_id=field(reader, "tokenizer.ggml.eos_token_id"),
-        tie_word_embeddings=tied,
-    )
-
-
-def llama_name(name: str) -> str | None:
-    """The transformers name of a GGUF tensor such as "blk.3.attn_q.weight", None when unknown."""
-    if name in LLAMA_TOP:
-        return LLAMA_TOP[name]
-    block, _, rest = name.partition(".")
-    layer, _, suffix = rest.partition(".")
-    if block != "blk" or suffix not in LLAMA_LAYER:
-        return None
-    return f"model.layers.{int(layer)}.{LLAMA_LAYER[suffix]}"
-
-
-def undo_rope_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Rows of a query or key weight [heads * hd, D] from interleaved pairs back to two halves."""
-    rows, width = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, width)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, width))

@@ -11,22 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tinyalign.runtime.errors import InputError
-from tinyalign.training.lm import (
-    LLAMA_LAYER,
-    LLAMA_TOP,
-    field,
-    load_lm,
-    load_tokenizer,
-    open_gguf,
-    round_embeddings,
-)
+from tinyalign.training.gguf_reader import open_gguf
+from tinyalign.training.gguf_tokenizer import tokenizer_of
+from tinyalign.training.lm import build_lm, check_lm, round_embeddings
 from tinyalign.training.models.checkpoint import (
     Checkpoint,
     in_one_line,
@@ -56,8 +49,8 @@ def load_language_model(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model in float32 and eval mode, and its tokenizer.
 
     `directory`: one of transformers with config.json, safetensors and tokenizer.json, or a GGUF
-    file of a Llama. The types that can be read are those of `supported.FAMILIES`. Token embeddings
-    are rounded to float16, as which a model directory ships them.
+    file (see training/lm.py). The types that can be read are those of `supported.FAMILIES`. Token
+    embeddings are rounded to float16, as which a model directory ships them.
 
     Raises InputError with what is wrong, before much is read.
     """
@@ -246,35 +239,10 @@ def free_memory() -> int | None:
 
 
 def load_gguf(path: Path) -> tuple[PreTrainedModel, Tokenizer]:
-    """The Llama of a GGUF file and its tokenizer, where all of the file is understood."""
-    reader = open_gguf(path)
-    check_gguf(reader, path)
-    check_memory(memory_needed([int(tensor.n_elements) for tensor in reader.tensors]))
-    del reader  # it maps the file
-    return load_lm(path), load_tokenizer(path)
-
-
-def check_gguf(reader: GGUFReader, path: Path) -> None:
-    """Raises InputError for a file that holds more or less than what `load_lm` reads."""
-    family = field(reader, "general.architecture")
-    if family != "llama":
-        raise InputError(
-            f"{path}: of GGUF files only those of the architecture 'llama' are read, not "
-            f"{family!r}: use the model's Hugging Face directory"
-        )
-    tokenizer = [reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "pre")]
-    said = [None if found is None else found.contents() for found in tokenizer]
-    if said != ["gpt2", "smollm"]:
-        raise InputError(
-            f"{path}: of GGUF files only the tokenizer 'smollm' is read exactly, not "
-            f"{said[1] or said[0]!r}: use the model's Hugging Face directory"
-        )
-    scaling = reader.get_field("llama.rope.scaling.type")
-    if scaling is not None and scaling.contents() != "none":
-        raise InputError(f"{path}: its stretched rotary embedding is not read from GGUF files")
-    names = {tensor.name for tensor in reader.tensors}
-    layers = range(field(reader, "llama.block_count"))
-    wanted = {name for name in LLAMA_TOP if name != "output.weight"}
-    wanted |= {f"blk.{i}.{name}" for i in layers for name in LLAMA_LAYER}
-    if missing := sorted(wanted - names):
-        raise InputError(f"{path} does not hold a whole llama: {missing[0]} is missing")
+    """The language model of a GGUF file and its tokenizer, where all of the file is understood."""
+    file = open_gguf(path)
+    with in_one_line(path):
+        source, tokenizer = check_lm(file), tokenizer_of(file)
+    check_memory(memory_needed([int(tensor.n_elements) for tensor in file.tensors.values()]))
+    with in_one_line(path):
+        return build_lm(source), tokenizer
