@@ -9,7 +9,7 @@ BIN := .venv/bin
 MODEL := build/default-model/tinyalign.json
 # a model directory is made again when one of these is newer
 MODEL_SOURCES := $(wildcard training/weights/* export/*.py) \
-	$(addprefix training/,modules.py parts.py vision.py lm.py) \
+	$(addprefix training/,modules.py parts.py vision.py lm.py gguf_reader.py gguf_tokenizer.py) \
 	$(addprefix runtime/,manifest.py images.py keys.py memory_text.py prompt.py)
 
 .PHONY: help demo test lint format bench claims-quick train clean

@@ -11,16 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter, TokenType
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import (
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import Gemma3TextConfig, PretrainedConfig, PreTrainedModel
 
 from tinyalign.export.gptq import calibrate
 from tinyalign.export.graph import Precision
@@ -34,7 +27,7 @@ from tinyalign.export.lm_families import LAYERS
 from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.lm import LanguageModel
 from tinyalign.runtime.loading import open_session
-from tinyalign.training.lm import LLAMA_LAYER, LLAMA_TOP, embedding_rows
+from tinyalign.training.lm import embedding_rows
 from tinyalign.training.models import language_models
 from tinyalign.training.models.language_models import check_memory, load_language_model
 from tinyalign.training.models.supported import check_exportable
@@ -300,60 +293,3 @@ def test_too_little_memory(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "not enough memory: about" in refused(llama_folder)
     monkeypatch.setattr(language_models, "free_memory", lambda: None)
     check_memory(1 << 60)  # not known: nothing is said
-
-
-# ---- GGUF
-
-
-def write_gguf(path: Path, family: str = "llama", pre: str = "smollm", drop: str = "") -> None:
-    """A GGUF file of a tiny Llama of two heads, whose rows need no other order: its heads have
-    two numbers."""
-    tokens = ["<|end|>", *"abcdef", "ab"]
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    state = {k: v.numpy() for k, v in LlamaForCausalLM(config).state_dict().items()}
-    writer = GGUFWriter(path, family)
-    writer.add_context_length(64)
-    writer.add_embedding_length(4)
-    writer.add_feed_forward_length(8)
-    writer.add_block_count(1)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_rope_freq_base(1e4)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL] + [TokenType.NORMAL] * 7)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    names = {k: v for k, v in LLAMA_TOP.items() if k != "output.weight"}
-    names |= {f"blk.0.{k}": f"model.layers.0.{v}" for k, v in LLAMA_LAYER.items()}
-    for name, target in names.items():
-        if name != drop:
-            writer.add_tensor(name, state[target])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_gguf_files(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    write_gguf(path)
-    model, tokenizer = load_language_model(path)
-    assert model.config.num_hidden_layers == 1
-    assert tokenizer.get_vocab_size() == 8
-    for options, said in (
-        ({"family": "qwen2"}, "not 'qwen2'"),
-        ({"pre": "llama-bpe"}, "not 'llama-bpe'"),
-        ({"drop": "blk.0.ffn_up.weight"}, "blk.0.ffn_up.weight is missing"),
-    ):
-        write_gguf(path, **options)
-        assert said in refused(path)
-    path.write_bytes(b"something else")
-    assert "not a readable GGUF file" in refused(path)
