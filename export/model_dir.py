@@ -33,6 +33,7 @@ from tinyalign.runtime.manifest import (
     RagConnectorSpec,
 )
 from tinyalign.training.fingerprint import fingerprint_of
+from tinyalign.training.models.supported import longest_context
 from tinyalign.training.modules import Connector, Projector
 from tinyalign.training.parts import Parts
 from tinyalign.training.sources import PACKAGES
@@ -116,7 +117,8 @@ def signature_of(parts: Parts, name: str) -> str:
 
 def context_of(parts: Parts) -> int:
     """Tokens of prompt and answer that the exported language model can hold."""
-    most = int(parts.lm.config.max_position_embeddings)
+    config = parts.lm.config
+    most = min(int(config.max_position_embeddings), longest_context(config)[0])
     return min(most, max(CONTEXT, parts.slots + ROOM))
 
 

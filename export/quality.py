@@ -188,7 +188,7 @@ class TorchSide:
         rows, hits = self._prompt(check)
         told = parts.embeddings[list(ids)][None]  # [1, n, D]
         output = parts.lm(inputs_embeds=torch.cat([rows, told], 1), logits_to_keep=len(ids) + 1)
-        logits = output.logits[0]  # [n + 1, V]
+        logits = output.logits[0, -len(ids) - 1 :]  # [n + 1, V]
         margin = prompt.unknown_margin
         if hits and margin and (check.mode or prompt.memory_mode) != "latent":
             logits[0, unknown_id(parts)] -= margin

@@ -10,8 +10,9 @@ from random import Random
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from test_vlm import WRITE
+from test_vlm import LLAVA_TEMPLATE, VISION, WRITE, save, write_tokenizer
 from tiny_model import picture
+from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from tinyalign.export.cli import main as export
 from tinyalign.runtime import TinyAlign
@@ -156,6 +157,40 @@ def test_a_memory_of_another_model_is_refused(
         assert export([*found, "--out", str(tmp_path / "out")]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def write_llava_of(family: Family, place: Path) -> None:
+    """LLaVA with a tiny language model of a family."""
+    whole = write_tokenizer(place, LLAVA_TEMPLATE, bos=True)
+    config = tiny_model(family).config.to_dict()
+    own = ("architectures", "dtype", "torch_dtype", "_name_or_path", "transformers_version")
+    text = {key: value for key, value in config.items() if key not in own}
+    text |= {"vocab_size": len(whole), "max_position_embeddings": 600, "pad_token_id": 0}
+    image = whole.convert_tokens_to_ids("<image>")
+    vision = {"model_type": "clip_vision_model", **VISION}
+    torch.manual_seed(6)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=image)
+    )
+    model.generation_config.eos_token_id = whole.eos_token_id
+    save(model, place)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(place)
+
+
+@pytest.mark.parametrize("name", ["qwen2, sliding window", "gemma2", "opt"])
+@pytest.mark.usefixtures("drawings")
+def test_over_other_language_models(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    write_llava_of(family, tmp_path / "llava")
+    assert run(tmp_path / "llava", tmp_path / "run") == 0
+    weights = ["--weights", str(tmp_path / "run" / "weights"), "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert export(["--from", str(tmp_path / "llava"), *weights, *FP32, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert answers["equal"] == answers["prompts"] > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

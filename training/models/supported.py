@@ -5,6 +5,7 @@ What a decoder layer of each type does is written in export/lm_families.py.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -69,19 +70,24 @@ def unsupported(config: PretrainedConfig) -> list[tuple[str, bool]]:
 
 def check_context(config: PretrainedConfig, context: int) -> None:
     """Raises InputError where positions up to `context` are not those of one fixed table."""
-    most, why = None, ""
-    if config.model_type == "opt":
-        most, why = config.max_position_embeddings, "its table of positions ends there"
-    scaling = getattr(config, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in ("longrope", "dynamic"):
-        most = getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
-        why = f"its rotary embedding ({kind}) changes there"
-    if most is not None and context > most:
+    most, why = longest_context(config)
+    if context > most:
         raise InputError(
             f"this {config.model_type} cannot be exported for {context} tokens, only for {most}: "
             f"{why}"
         )
+
+
+def longest_context(config: PretrainedConfig) -> tuple[int, str]:
+    """How many positions one fixed table has, and what ends it."""
+    scaling = getattr(config, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in ("longrope", "dynamic"):
+        most = getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+        return int(most), f"its rotary embedding ({kind}) changes there"
+    if config.model_type == "opt":
+        return int(config.max_position_embeddings), "its table of positions ends there"
+    return sys.maxsize, ""
 
 
 def activation(config: PretrainedConfig) -> str:
