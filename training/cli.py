@@ -20,6 +20,7 @@ Train the default model: prepare the pictures (downloaded once, hash-checked), t
   stage 2  fine-tuning with LoRA on episodes that teach when to trust a memory
 --base trains a memory for somebody else's vision-language model instead, of which nothing is
 changed: compressor and RAG connector, the key recipe and a bank (stages 0 and 1).
+--encoder and --lm train the same model around a vision encoder and a language model of yours.
 --data adds pictures of your own, with questions and answers in LLaVA's JSON; a fixed 15 % of their
 concepts is held out.
 The run can be stopped at any time (Ctrl-C); the same command continues it. It ends with a weights
@@ -62,6 +63,18 @@ def parser() -> argparse.ArgumentParser:
         "name on the Hugging Face hub: owner/name or owner/name@revision",
     )
     made.add_argument(
+        "--encoder",
+        metavar="MODEL",
+        help="with --lm: your own vision encoder (CLIP, SigLIP, DINOv2, ViT, timm) in place of the "
+        "default one; a directory or a name on the hub",
+    )
+    made.add_argument(
+        "--lm",
+        metavar="MODEL",
+        help="with --encoder: your own language model (Llama, Qwen, Phi, Gemma, OPT); a directory, "
+        "a GGUF file or a name on the hub",
+    )
+    made.add_argument(
         "--until",
         choices=("prepare", "0", "1", "2"),
         help="stop after this stage (default: the last one)",
@@ -73,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=1.0,
         help="multiply the steps of every stage, for instance 0.1 for a quick look (default: 1); "
-        "with --base the number of pictures as well",
+        "with --base, and below 1 with --encoder, the number of pictures as well",
     )
     made.add_argument(
         "--data",
@@ -116,6 +129,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.base is not None:
         train_base(arguments)
         return
+    if arguments.encoder is not None or arguments.lm is not None:
+        train_own(arguments)
+        return
     from tinyalign.training.llava import read_data
     from tinyalign.training.parts import DEFAULT_WEIGHTS, copy_weights
     from tinyalign.training.pipeline import scaled, train
@@ -129,10 +145,37 @@ def run(arguments: argparse.Namespace) -> None:
         copy_weights(directory / "weights", DEFAULT_WEIGHTS)
 
 
+def train_own(arguments: argparse.Namespace) -> None:
+    """Train a model around other people's encoder and language model."""
+    from tinyalign.runtime.errors import InputError
+
+    if arguments.encoder is None or arguments.lm is None:
+        raise InputError("--encoder and --lm go together")
+    if arguments.install:
+        raise InputError("--install is for the default model: --encoder has weights of its own")
+    from tinyalign.training.backbone import Places, backbone_recipe, load_backbone
+    from tinyalign.training.llava import read_data
+    from tinyalign.training.pipeline import scaled, train
+
+    data = [read_data(file, images) for file, images in arguments.data]
+    places = Places(*(located(name) for name in (arguments.encoder, arguments.lm)))
+    backbone = load_backbone(places)
+    recipe = scaled(backbone_recipe(backbone, arguments.seed), arguments.scale)
+    directory = arguments.out or Path("runs") / backbone.name
+    train(recipe, directory, arguments.until or "2", data, backbone, arguments.scale)
+
+
+def located(name: str) -> str:
+    """A model's place that also holds elsewhere: an absolute path, or its name on a hub."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def train_base(arguments: argparse.Namespace) -> None:
     """Train a memory for another model."""
     from tinyalign.runtime.errors import InputError
 
+    if arguments.encoder is not None or arguments.lm is not None:
+        raise InputError("--base has its own encoder and language model")
     if arguments.install:
         raise InputError("--install is for the default model: --base has weights of its own")
     if arguments.until == "2":

@@ -76,7 +76,7 @@ class Connector(nn.Module):
     Args:
         shape: sizes.
         vocabulary: the soft vocabulary.
-        classifier: the frozen encoder's classifier, [classes, Dv] weight.
+        classifier: the frozen encoder's classifier, [classes, Dv] weight; an encoder may have none.
         classifier_bias: [classes].
         class_names: [classes, name_slots] indices into the soft vocabulary.
     """
@@ -114,8 +114,10 @@ class Connector(nn.Module):
         hidden = F.dropout(F.gelu(self.hidden(joined)), DROPOUT, self.training)
         slots = self.slots(hidden).unflatten(-1, (shape.tokens, shape.width))  # [B, T, D]
         names, attributes = slots[:, : shape.name_slots], slots[:, shape.name_slots :]
-        residual, confidence = self.named(pooled)
-        names = (1 - confidence) * F.normalize(names, dim=-1) + CLASS_TRUST * residual
+        names = F.normalize(names, dim=-1)
+        if len(self.class_names):
+            residual, confidence = self.named(pooled)
+            names = (1 - confidence) * names + CLASS_TRUST * residual
         return torch.cat([names, attributes], dim=1)
 
     def named(self, pooled: Tensor) -> tuple[Tensor, Tensor]:

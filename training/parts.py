@@ -7,6 +7,7 @@ here:
     compressor.safetensors
     rag_connector.safetensors
     lora/                      the LM's LoRA adapter (peft's format)
+    backbone.json              where encoder and LM lie, if they are not the default ones
     key.npz                    the key recipe's arrays
     recipe.json                shapes and prompt
     bank.sqlite                the default memory bank
@@ -40,6 +41,13 @@ from tinyalign.runtime.manifest import (
     PromptSpec,
     VisionSpec,
     from_dict,
+)
+from tinyalign.training.backbone import (
+    Backbone,
+    Places,
+    load_backbone,
+    read_places,
+    save_places,
 )
 from tinyalign.training.lm import load_lm, load_tokenizer, token_table
 from tinyalign.training.modules import (
@@ -79,6 +87,7 @@ class Parts:
     seen: VisionSpec = field(default_factory=VisionSpec)
     name: str = "default"
     chat: ChatTemplate | None = None
+    places: Places | None = None  # of encoder and LM, where they are not the default ones
 
     @property
     def embeddings(self) -> Tensor:
@@ -128,24 +137,31 @@ class Parts:
 
 
 def new_parts(
-    recipe: Recipe, class_names: Sequence[str], names: Sequence[str], kinds: Sequence[str]
+    recipe: Recipe,
+    class_names: Sequence[str],
+    names: Sequence[str],
+    kinds: Sequence[str],
+    backbone: Backbone | None = None,
 ) -> Parts:
-    """Untrained parts around the default encoder and LM.
+    """Untrained parts around the default encoder and LM, or others.
 
     Args:
         recipe: shapes and prompt.
         class_names: the classifier's classes, in order.
         names: names of the training pictures.
         kinds: words that tell the kind of a thing.
+        backbone: other encoder and LM; there are no classes then.
     """
     torch.manual_seed(recipe.seed)
-    tokenizer = load_tokenizer(lm_gguf())
+    tokenizer = load_tokenizer(lm_gguf()) if backbone is None else backbone.tokenizer
     words = [*COLOURS, *NUMBERS, *PLACES, *kinds]
     vocabulary_ids = torch.tensor(soft_vocabulary(tokenizer, [*class_names, *names], words))
     index = {int(token): i for i, token in enumerate(vocabulary_ids)}
     slots = recipe.connector.name_slots
-    spelled = torch.tensor([[index[t] for t in name_ids(tokenizer, n, slots)] for n in class_names])
-    return build_parts(recipe.connector, recipe.memory, recipe.prompt, vocabulary_ids, spelled)
+    spelled = [[index[t] for t in name_ids(tokenizer, n, slots)] for n in class_names]
+    classes = torch.tensor(spelled, dtype=torch.long).reshape(-1, slots)
+    shapes = recipe.connector, recipe.memory
+    return build_parts(*shapes, recipe.prompt, vocabulary_ids, classes, backbone)
 
 
 def build_parts(
@@ -154,21 +170,32 @@ def build_parts(
     prompt: PromptSpec,
     vocabulary_ids: Tensor,
     class_names: Tensor,
+    backbone: Backbone | None = None,
 ) -> Parts:
-    """Modules of these shapes around the fetched encoder and LM."""
-    gguf = lm_gguf()
-    lm, vision = load_lm(gguf), load_vision()
+    """Modules of these shapes around the fetched encoder and LM, or others."""
+    if backbone is None:
+        encoder, gguf = load_vision(), lm_gguf()
+        lm, tokenizer = load_lm(gguf), load_tokenizer(gguf)
+        vision: nn.Module = encoder
+        classifier: tuple[Tensor, Tensor] = (encoder.classifier.weight, encoder.classifier.bias)
+    else:
+        vision, lm, tokenizer = backbone.vision, backbone.lm, backbone.tokenizer
+        classifier = torch.zeros(0, backbone.width), torch.zeros(0)
     embeddings = token_table(lm)
     vocabulary = SoftVocabulary(embeddings[vocabulary_ids], vocabulary_ids)
-    connector = Connector(
-        connector_shape, vocabulary, vision.classifier.weight, vision.classifier.bias, class_names
-    )
+    connector = Connector(connector_shape, vocabulary, *classifier, class_names)
     compressor = Compressor(memory_shape)
     radius = embeddings.float().norm(dim=-1).mean().item()
     rag_connector = RagConnector(memory_shape, vocabulary, radius)
-    return Parts(
-        vision, lm, load_tokenizer(gguf), connector, compressor, rag_connector, prompt,
-        vocabulary_ids, class_names,
+    parts = Parts(
+        vision, lm, tokenizer, connector, compressor, rag_connector, prompt, vocabulary_ids,
+        class_names,
+    )  # fmt: skip
+    if backbone is None:
+        return parts
+    return dataclasses.replace(
+        parts, image=backbone.image, seen=backbone.seen, name=backbone.name, chat=backbone.chat,
+        places=backbone.places,
     )  # fmt: skip
 
 
@@ -188,6 +215,8 @@ def save_parts(parts: Parts, directory: Path) -> None:
         "prompt": dataclasses.asdict(parts.prompt),
     }
     (directory / "recipe.json").write_text(json.dumps(description, indent=1) + "\n")
+    if parts.places is not None:
+        save_places(parts.places, directory)
 
 
 def packed(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -223,12 +252,14 @@ def load_parts(directory: Path = DEFAULT_WEIGHTS, merge_lora: bool = True) -> Pa
         saved = load_file(directory / "connector.safetensors")
     except (OSError, ValueError) as error:
         raise InputError(f"{directory} holds no trained weights ({error})") from None
+    places = read_places(directory)
     parts = build_parts(
         from_dict(ConnectorShape, description["connector"], "connector"),
         from_dict(MemoryShape, description["memory"], "memory"),
         from_dict(PromptSpec, description["prompt"], "prompt"),
         saved.pop("vocabulary_ids").long(),
         saved.pop("class_names").long(),
+        None if places is None else load_backbone(places),
     )
     parts.connector.load_state_dict(unpacked(saved))
     for name in ("compressor", "rag_connector"):

@@ -17,7 +17,9 @@ from tinyalign.runtime.errors import InputError
 from tinyalign.runtime.keys import KeyArrays, load_key_arrays, save_key_arrays
 from tinyalign.runtime.threads import default_threads
 from tinyalign.training import key_head, stages
+from tinyalign.training.backbone import Backbone, backbone_features
 from tinyalign.training.default_bank import build_bank
+from tinyalign.training.encoded import THUMBNAILS_NAME
 from tinyalign.training.features import (
     ORDER,
     STYLES,
@@ -25,6 +27,7 @@ from tinyalign.training.features import (
     build_features,
     load_features,
     load_thumbnails,
+    read_thumbnails,
 )
 from tinyalign.training.llava import Data, check_together, encode_data
 from tinyalign.training.next_tokens import write_next_tokens
@@ -58,12 +61,24 @@ def prepare_world(
     bank. `data` names sources beside the usual ones (see `llava.py`); what is `unseen` is left out
     of what the keys are learned from."""
     cells, records = load_features(sources=(*ORDER, *STYLES, *data))
-    train = [record for record in records if record.split == "train"]
     classes = [picture.name for picture in imagenet_classes(cache_dir())]
-    kinds = sorted({record.kind for record in train if record.kind})
-    parts = new_parts(recipe, classes, sorted({r.name for r in train if r.name}), kinds)
+    parts = new_parts(recipe, classes, *words_of(records))
     seen = [dataclasses.replace(r, split="held") if unseen(r) else r for r in records]
     parts.keys = key_recipe(parts, cells, seen, recipe, directory / "key.npz")
+    return world_of(parts, cells, records, recipe)
+
+
+def words_of(records: Sequence[Record]) -> tuple[list[str], list[str]]:
+    """Names of the training pictures, and words for their kinds."""
+    train = [record for record in records if record.split == "train"]
+    names, kinds = {r.name for r in train if r.name}, {r.kind for r in train if r.kind}
+    return sorted(names), sorted(kinds)
+
+
+def world_of(
+    parts: Parts, cells: NDArray[np.float16], records: Sequence[Record], recipe: Recipe
+) -> World:
+    """The training bank, and its similarity words in the prompt."""
     world = make_world(parts, cells, records, recipe)
     floors = calibrated_similarity(world, recipe.seed)
     parts.prompt = dataclasses.replace(parts.prompt, similarity=floors)
@@ -107,10 +122,18 @@ def check_same_data(directory: Path, sources: Sequence[str]) -> None:
     path.write_text(json.dumps(list(sources)))
 
 
-def train(recipe: Recipe, directory: Path, until: str, data: Sequence[Data] = ()) -> None:
+def train(
+    recipe: Recipe,
+    directory: Path,
+    until: str,
+    data: Sequence[Data] = (),
+    backbone: Backbone | None = None,
+    scale: float = 1.0,
+) -> None:
     """Run the stages that are left and write the weights.
 
-    `until` is the last stage: "prepare", "0", "1" or "2". The run directory gets `checkpoint.pt`,
+    `until` is the last stage: "prepare", "0", "1" or "2". `backbone`: other encoder and LM; then
+    `scale` is the share of the pictures that are encoded. The run directory gets `checkpoint.pt`,
     `log.jsonl`, `loss.png` and `weights/`. Raises InputError when it holds a run of another recipe
     or on other data.
     """
@@ -119,13 +142,21 @@ def train(recipe: Recipe, directory: Path, until: str, data: Sequence[Data] = ()
     sources = [one.source for one in data]
     check_together(data)
     with accelerator.main_process_first():  # the others find the files it made
-        check_same_data(directory, sources)
-        for one in data:
-            encode_data(one)
-        build_features()
+        if backbone is None:
+            check_same_data(directory, sources)
+            for one in data:
+                encode_data(one)
+            build_features()
+        else:
+            check_same_data(directory, [backbone.places.identity, str(scale), *sources])
+            cells, records = backbone_features(backbone, directory, scale, data)
         if until == "prepare":
             return
-        world = prepare_world(recipe, directory, sources)
+        if backbone is None:
+            world = prepare_world(recipe, directory, sources)
+        else:
+            own = new_parts(recipe, [], *words_of(records), backbone)
+            world = world_of(own, cells, records, recipe)
     parts = world.parts
     run = stages.Run(
         parts, world, recipe, directory, stages.for_training(parts.lm), accelerator=accelerator
@@ -157,8 +188,11 @@ def write_weights(run: stages.Run, until: str, sources: Sequence[str]) -> None:
     shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run
     save_parts(parts, weights)
     stages.save_lora(run, weights / "lora")
-    thumbnails = load_thumbnails(sources=(*ORDER, *sources))
+    if parts.places is None:
+        thumbnails = load_thumbnails(sources=(*ORDER, *sources))
+        write_next_tokens(load_parts(weights), weights)
+    else:
+        thumbnails = read_thumbnails(directory / THUMBNAILS_NAME)
     build_bank(run.world, weights / "bank.sqlite", thumbnails)
-    write_next_tokens(load_parts(weights), weights)
     plot_losses(run.log, directory / "loss.png")
     print(f"weights: {weights}\nloss curve: {directory / 'loss.png'}")

@@ -52,7 +52,10 @@ from tinyalign.training.recipe import Recipe, Stage
 from tinyalign.training.vocabulary import COLOURS, NUMBERS, PLACES, name_ids, word_id
 from tinyalign.training.world import World, cells_of, image_tokens_of
 
-LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+LORA_LAYERS = [
+    "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj",
+    "qkv_proj", "gate_up_proj", "dense", "out_proj", "fc1", "fc2",  # Phi's and OPT's
+]  # fmt: skip
 CHECKPOINT_SECONDS = 60.0
 IMAGE_DROPOUT = 0.1  # share of pictures whose image tokens are blanked in the LM stages
 GROUP = 4  # batches drawn together, so that episodes of one length share a batch
