@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -28,19 +27,19 @@ from torch import Tensor
 
 from tinyalign.bank.errors import InputError
 from tinyalign.runtime.keys import load_key_arrays, save_key_arrays
-from tinyalign.runtime.manifest import MemoryMode, PromptSpec, from_dict
+from tinyalign.runtime.manifest import PromptSpec, from_dict
 from tinyalign.runtime.threads import default_threads
 from tinyalign.training import llava, stages
-from tinyalign.training.batch import Episode, answer_logits
 from tinyalign.training.default_bank import build_bank
 from tinyalign.training.encoded import THUMBNAILS_NAME, encode_pictures, scaled_counts
-from tinyalign.training.episodes import SHARES, draw_episode, rows_by_source, taught_episode
+from tinyalign.training.episodes import draw_episode
 from tinyalign.training.features import Record, read_thumbnails
 from tinyalign.training.lm import token_table
 from tinyalign.training.models.vlm import Vlm
 from tinyalign.training.modules import Compressor, MemoryShape, RagConnector, SoftVocabulary
 from tinyalign.training.parts import Parts, packed, unpacked
 from tinyalign.training.plots import plot_losses
+from tinyalign.training.reading import MODES, print_reading, read_modes, rows_of
 from tinyalign.training.recipe import PROMPT, Mix, Recipe, Stage
 from tinyalign.training.vocabulary import soft_vocabulary
 from tinyalign.training.world import World, calibrated_similarity, make_world
@@ -48,7 +47,6 @@ from tinyalign.training.world import World, calibrated_similarity, make_world
 PICTURES = {"emoji": 400, "clipart": 240, "furniture": 100}  # of each source, two views of each
 ENCODED = 4  # pictures a batch
 CHECKED = 60  # training pictures that only choose how memories are read
-MODES: tuple[MemoryMode, ...] = ("text", "latent", "both")
 
 
 def base_recipe(vlm: Vlm, seed: int, scale: float) -> Recipe:
@@ -228,11 +226,6 @@ def identity(vlm: Vlm) -> str:
     return digest.hexdigest()[:16]
 
 
-def rows_of(world: World, split: str) -> dict[str, list[int]]:
-    """Rows of pictures of single things on one side of the split."""
-    return rows_by_source(world.records, tuple(SHARES), split)
-
-
 def apart(world: World) -> frozenset[str]:
     """Ids of training pictures that are not trained on."""
     ids = {record.id for record in world.records if record.split == "train"}
@@ -271,35 +264,6 @@ def choose_mode(run: stages.Run, kept_apart: frozenset[str]) -> None:
     run.parts.prompt = replace(run.parts.prompt, memory_mode=best)
 
 
-@torch.inference_mode()
-def read_modes(run: stages.Run, rows: dict[str, list[int]]) -> dict[str, dict[str, float]]:
-    """How well taught names and facts are read without a memory ("none"), and with memories as
-    text, latents or both: see `reading`."""
-    if not any(rows.get(source) for source in PICTURES):
-        return {}
-    taught = replace(run.recipe, mix=replace(run.recipe.mix, invented=1.0, crowded=0.0))
-    rng = Random(f"{run.recipe.seed}/modes")
-    episodes = [taught_episode(run.world, rows, taught, rng) for _ in range(CHECKED)]
-    found = {"none": reading(run, [replace(e, memories=()) for e in episodes])}
-    for mode in MODES:
-        found[mode] = reading(run, [replace(e, mode=mode) for e in episodes])
-    return found
-
-
-def reading(run: stages.Run, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Of the right answers' tokens: mean "bits", and which share is the model's first choice."""
-    total = count = first = 0.0
-    for start in range(0, len(episodes), run.recipe.align.batch):
-        batch, inputs = stages.embed_episodes(run, episodes[start : start + run.recipe.align.batch])
-        bonus = run.parts.rag_connector.copy_bonus
-        with stages.lm_arithmetic(run.device.type):
-            logits, labels = answer_logits(stages.base_of(run.lm), inputs, batch, bonus)
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        count += len(labels)
-        first += (logits.argmax(-1) == labels).sum().item()
-    return {"bits": round(total / count * stages.BITS, 4), "first_choice": round(first / count, 4)}
-
-
 # ---- weights -------------------------------------------------------------------------------------
 
 
@@ -324,11 +288,7 @@ def write_weights(run: stages.Run, vlm: Vlm, weights: Path, quality: dict[str, A
     build_bank(world, weights / "bank.sqlite", thumbnails)
     plot_losses(run.log, run.directory / "loss.png")
     print(f"weights: {weights}\nloss curve: {run.directory / 'loss.png'}")
-    for mode, found in quality.get("held_out", {}).items():
-        print(
-            f"held-out pictures, taught names and facts, {mode}: {found['bits']:.2f} bits an "
-            f"answer token, {found['first_choice']:.2f} of them the first choice"
-        )
+    print_reading(quality.get("held_out", {}))
 
 
 def load_base(vlm: Vlm, directory: Path) -> Parts:

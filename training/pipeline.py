@@ -34,6 +34,7 @@ from tinyalign.training.next_tokens import write_next_tokens
 from tinyalign.training.parts import Parts, load_parts, new_parts, save_parts
 from tinyalign.training.pictures import imagenet_classes
 from tinyalign.training.plots import plot_losses
+from tinyalign.training.reading import print_reading, read_modes, rows_of
 from tinyalign.training.recipe import Recipe, Stage
 from tinyalign.training.sources import cache_dir
 from tinyalign.training.unknown import calibrated_margin
@@ -195,4 +196,7 @@ def write_weights(run: stages.Run, until: str, sources: Sequence[str]) -> None:
         thumbnails = read_thumbnails(directory / THUMBNAILS_NAME)
     build_bank(run.world, weights / "bank.sqlite", thumbnails)
     plot_losses(run.log, directory / "loss.png")
+    if parts.places is not None and until >= "1":
+        parts.to(run.device)
+        print_reading(read_modes(run, rows_of(run.world, "held")))
     print(f"weights: {weights}\nloss curve: {directory / 'loss.png'}")
