@@ -42,9 +42,9 @@ from tinyalign.training.plots import plot_losses
 from tinyalign.training.reading import MODES, print_reading, read_modes, rows_of
 from tinyalign.training.recipe import PROMPT, Mix, Recipe, Stage
 from tinyalign.training.vocabulary import soft_vocabulary
-from tinyalign.training.world import World, calibrated_similarity, make_world
+from tinyalign.training.world import World, make_world, with_floors, words_of
 
-PICTURES = {"emoji": 400, "clipart": 240, "furniture": 100}  # of each source, two views of each
+PICTURES = {"emoji": 400, "clipart": 240, "furniture": 100}  # of each source
 ENCODED = 4  # pictures a batch
 CHECKED = 60  # training pictures that only choose how memories are read
 
@@ -149,15 +149,10 @@ def encode_base(
 def base_world(vlm: Vlm, recipe: Recipe, directory: Path, encoded: Encoded) -> World:
     """Untrained parts, key recipe and the bank of training pictures."""
     torch.manual_seed(recipe.seed)
-    train = [record for record in encoded.records if record.split == "train"]
-    names, kinds = {r.name for r in train if r.name}, {r.kind for r in train if r.kind}
-    ids = torch.tensor(soft_vocabulary(vlm.tokenizer, sorted(names), sorted(kinds)))
+    ids = torch.tensor(soft_vocabulary(vlm.tokenizer, *words_of(encoded.records)))
     parts = base_parts(vlm, recipe.memory, recipe.prompt, ids)
     world = make_world(parts, encoded.pooled, encoded.records, recipe)
-    world = replace(world, image_tokens=encoded.image_tokens)
-    floors = calibrated_similarity(world, recipe.seed)
-    parts.prompt = replace(parts.prompt, similarity=floors)
-    return world
+    return with_floors(replace(world, image_tokens=encoded.image_tokens), recipe)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -191,12 +186,13 @@ def train_base(
     stages.load_checkpoint(run)
     stages.train_bags(run)
     kept_apart = apart(world)
+    quality: dict[str, Any] = {}
     if until == "1":
         train_memory(run, kept_apart)
         choose_mode(run, kept_apart)
+        quality["held_out"] = read_modes(run, rows_of(world, "held"))
     parts.to(torch.device("cpu"))
     parts.finish()
-    quality = {} if until == "0" else {"held_out": read_modes(run, rows_of(world, "held"))}
     write_weights(run, vlm, directory / "weights", quality)
 
 
@@ -259,9 +255,9 @@ def choose_mode(run: stages.Run, kept_apart: frozenset[str]) -> None:
     """How the prompt shows memories: as what makes the right answers likeliest on pictures that
     were not trained on."""
     rows = without(run.world, rows_of(run.world, "train"), kept_apart, only=True)
-    found = read_modes(run, rows)
-    best = min(MODES, key=lambda mode: found[mode]["bits"])
-    run.parts.prompt = replace(run.parts.prompt, memory_mode=best)
+    if found := read_modes(run, rows):
+        best = min(MODES, key=lambda mode: found[mode]["bits"])
+        run.parts.prompt = replace(run.parts.prompt, memory_mode=best)
 
 
 # ---- weights -------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ def model_place(name: str) -> Path:
 
 def model_name(name: str) -> str:
     """What a model is called, by where it lies or its name on a hub."""
-    return name.partition("@")[0].rstrip("/").rpartition("/")[2] or "model"
+    last = name.partition("@")[0].rstrip("/").rpartition("/")[2]
+    return last.removesuffix(".gguf") or "model"
 
 
 def hub() -> Any:

@@ -38,7 +38,7 @@ from tinyalign.training.reading import print_reading, read_modes, rows_of
 from tinyalign.training.recipe import Recipe, Stage
 from tinyalign.training.sources import cache_dir
 from tinyalign.training.unknown import calibrated_margin
-from tinyalign.training.world import World, calibrated_similarity, fit_keys, make_world
+from tinyalign.training.world import World, fit_keys, make_world, with_floors, words_of
 
 
 def scaled(recipe: Recipe, scale: float) -> Recipe:
@@ -66,24 +66,7 @@ def prepare_world(
     parts = new_parts(recipe, classes, *words_of(records))
     seen = [dataclasses.replace(r, split="held") if unseen(r) else r for r in records]
     parts.keys = key_recipe(parts, cells, seen, recipe, directory / "key.npz")
-    return world_of(parts, cells, records, recipe)
-
-
-def words_of(records: Sequence[Record]) -> tuple[list[str], list[str]]:
-    """Names of the training pictures, and words for their kinds."""
-    train = [record for record in records if record.split == "train"]
-    names, kinds = {r.name for r in train if r.name}, {r.kind for r in train if r.kind}
-    return sorted(names), sorted(kinds)
-
-
-def world_of(
-    parts: Parts, cells: NDArray[np.float16], records: Sequence[Record], recipe: Recipe
-) -> World:
-    """The training bank, and its similarity words in the prompt."""
-    world = make_world(parts, cells, records, recipe)
-    floors = calibrated_similarity(world, recipe.seed)
-    parts.prompt = dataclasses.replace(parts.prompt, similarity=floors)
-    return world
+    return with_floors(make_world(parts, cells, records, recipe), recipe)
 
 
 def key_recipe(
@@ -157,7 +140,7 @@ def train(
             world = prepare_world(recipe, directory, sources)
         else:
             own = new_parts(recipe, [], *words_of(records), backbone)
-            world = world_of(own, cells, records, recipe)
+            world = with_floors(make_world(own, cells, records, recipe), recipe)
     parts = world.parts
     run = stages.Run(
         parts, world, recipe, directory, stages.for_training(parts.lm), accelerator=accelerator

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
@@ -163,6 +163,20 @@ def calibrated_similarity(
         for row in rng.sample(rows, min(sample, len(rows)))
     ]
     return calibrate(np.array(nearest, dtype=np.float32))
+
+
+def with_floors(world: World, recipe: Recipe) -> World:
+    """The same world; similarity words with floors that fit it are in the parts' prompt now."""
+    floors = calibrated_similarity(world, recipe.seed)
+    world.parts.prompt = replace(world.parts.prompt, similarity=floors)
+    return world
+
+
+def words_of(records: Sequence[Record]) -> tuple[list[str], list[str]]:
+    """Names of the training pictures, and words for their kinds."""
+    train = [record for record in records if record.split == "train"]
+    names, kinds = {r.name for r in train if r.name}, {r.kind for r in train if r.kind}
+    return sorted(names), sorted(kinds)
 
 
 SHOWN = ("emoji", "clipart", "furniture")  # sources of single things to name
