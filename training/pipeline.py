@@ -181,5 +181,7 @@ def write_weights(run: stages.Run, until: str, sources: Sequence[str]) -> None:
     plot_losses(run.log, directory / "loss.png")
     if parts.places is not None and until >= "1":
         parts.to(run.device)
-        print_reading(read_modes(run, rows_of(run.world, "held")))
+        found = read_modes(run, rows_of(run.world, "held"))
+        (weights / "quality.json").write_text(json.dumps({"held_out": found}, indent=1) + "\n")
+        print_reading(found)
     print(f"weights: {weights}\nloss curve: {directory / 'loss.png'}")
