@@ -156,6 +156,8 @@ def test_a_memory_of_another_model_is_refused(
         found = ["--from", str(tmp_path / "llava"), "--weights", other]
         assert export([*found, "--out", str(tmp_path / "out")]) == 2
         assert said in capsys.readouterr().err
+    assert export(["--weights", weights, "--out", str(tmp_path / "out")]) == 2
+    assert "a memory for smol: it needs --from" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

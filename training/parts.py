@@ -249,6 +249,8 @@ def load_parts(directory: Path = DEFAULT_WEIGHTS, merge_lora: bool = True) -> Pa
     """
     try:
         description = json.loads((directory / "recipe.json").read_text())
+        if base := description.get("base"):
+            raise InputError(f"{directory} holds a memory for {base['name']}: it needs --from")
         saved = load_file(directory / "connector.safetensors")
     except (OSError, ValueError) as error:
         raise InputError(f"{directory} holds no trained weights ({error})") from None
