@@ -95,8 +95,11 @@ def test_a_run_goes_on_and_belongs_to_its_models(
     for name in ("connector.safetensors", "rag_connector.safetensors", "recipe.json"):
         assert (found[0] / name).read_bytes() == (found[1] / name).read_bytes()
     other = write_encoder(tmp_path / "vit", "vit")
-    assert run(other, lm, tmp_path / "once") == 2
-    assert "other data" in capsys.readouterr().err
+    assert run(encoder, lm, tmp_path / "begun", "--until", "prepare") == 0
+    for begun in ("once", "begun"):  # also where nothing but pictures is there yet
+        capsys.readouterr()
+        assert run(other, lm, tmp_path / begun) == 2
+        assert "other data" in capsys.readouterr().err
     write_lm(tmp_path / "changed", "llama, tied", TEMPLATE)
     for path in (tmp_path / "changed").iterdir():
         (lm / path.name).write_bytes(path.read_bytes())

@@ -34,8 +34,7 @@ from tinyalign.training.models.chat_template import read_chat_tokenizer
 from tinyalign.training.models.encoders import load_encoder
 from tinyalign.training.models.language_models import load_language_model
 from tinyalign.training.models.vlm import read_chat
-from tinyalign.training.modules import ConnectorShape, MemoryShape
-from tinyalign.training.recipe import PROMPT, Recipe
+from tinyalign.training.recipe import PROMPT
 
 BACKBONE_NAME = "backbone.json"
 SIDE = 3  # regions each way
@@ -183,20 +182,6 @@ def read_places(directory: Path) -> Places | None:
         return Places(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error})") from None
-
-
-def backbone_recipe(backbone: Backbone, seed: int) -> Recipe:
-    """The default recipe with shapes that fit."""
-    vision_width, width = backbone.width, int(backbone.lm.config.hidden_size)
-    latent_width = min(MemoryShape.latent_width, width)
-    return Recipe(
-        seed=seed,
-        connector=ConnectorShape(vision_width=vision_width, width=width),
-        memory=MemoryShape(width, vision_width, latent_width=latent_width),
-        prompt=backbone.prompt,
-        image_key_width=min(192, vision_width),
-        text_key_width=min(64, width),
-    )
 
 
 def backbone_features(

@@ -30,6 +30,7 @@ from tinyalign.runtime.keys import load_key_arrays, save_key_arrays
 from tinyalign.runtime.manifest import PromptSpec, from_dict
 from tinyalign.runtime.threads import default_threads
 from tinyalign.training import llava, stages
+from tinyalign.training.backbone import identity
 from tinyalign.training.default_bank import build_bank
 from tinyalign.training.encoded import THUMBNAILS_NAME, encode_pictures, scaled_counts
 from tinyalign.training.episodes import draw_episode
@@ -38,9 +39,10 @@ from tinyalign.training.lm import token_table
 from tinyalign.training.models.vlm import Vlm
 from tinyalign.training.modules import Compressor, MemoryShape, RagConnector, SoftVocabulary
 from tinyalign.training.parts import Parts, packed, unpacked
+from tinyalign.training.pipeline import check_same_data
 from tinyalign.training.plots import plot_losses
 from tinyalign.training.reading import MODES, print_reading, read_modes, rows_of
-from tinyalign.training.recipe import PROMPT, Mix, Recipe, Stage
+from tinyalign.training.recipe import PROMPT, Mix, Recipe, Stage, recipe_for, scaled
 from tinyalign.training.vocabulary import soft_vocabulary
 from tinyalign.training.world import World, make_world, with_floors, words_of
 
@@ -51,23 +53,16 @@ CHECKED = 60  # training pictures that only choose how memories are read
 
 def base_recipe(vlm: Vlm, seed: int, scale: float) -> Recipe:
     """Shapes that fit a model, and stages for what is trained of it."""
-    shape = memory_shape(vlm)
     # The language model stays as it is, so it cannot learn to say that it does not know.
     mix = Mix(taught=0.75, neighbours=0.15, missing=0, unknown=0, text=0.1, both=0.2)
+    align = Stage(200, 8, {"rag_connector": 2e-4, "copy": 2e-2})
+    recipe = recipe_for(*widths(vlm), prompt_with_memory(vlm.prompt), seed)
+    return scaled(replace(recipe, mix=mix, align=align), scale)
 
-    def stage(steps: int, batch: int, rates: dict[str, float]) -> Stage:
-        return Stage(max(1, round(steps * scale)), batch, rates)
 
-    return Recipe(
-        seed=seed,
-        memory=shape,
-        prompt=prompt_with_memory(vlm.prompt),
-        image_key_width=min(192, shape.vision_width),
-        text_key_width=min(64, shape.width),
-        mix=mix,
-        bags=stage(300, 24, {"compressor": 2e-3, "rag_connector": 2e-3}),
-        align=stage(200, 8, {"rag_connector": 2e-4, "copy": 2e-2}),
-    )
+def widths(vlm: Vlm) -> tuple[int, int]:
+    """Dv and D."""
+    return vlm.encoder.vision.width, int(vlm.lm.config.hidden_size)
 
 
 def prompt_with_memory(prompt: PromptSpec) -> PromptSpec:
@@ -101,15 +96,8 @@ def base_parts(vlm: Vlm, shape: MemoryShape, prompt: PromptSpec, vocabulary_ids:
 
 def without_memory(vlm: Vlm) -> Parts:
     """A model as it came: what would make a memory is there, untrained, and not used."""
-    shape = memory_shape(vlm)
-    return base_parts(vlm, shape, vlm.prompt, torch.zeros(1, dtype=torch.long))
-
-
-def memory_shape(vlm: Vlm) -> MemoryShape:
-    """The sizes of a memory for a model."""
-    width = vlm.lm.config.hidden_size
-    latent_width = min(MemoryShape.latent_width, width)
-    return MemoryShape(width, vlm.encoder.vision.width, latent_width=latent_width)
+    recipe = recipe_for(*widths(vlm), vlm.prompt, Recipe.seed)
+    return base_parts(vlm, recipe.memory, vlm.prompt, torch.zeros(1, dtype=torch.long))
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -128,8 +116,8 @@ def encode_base(
     vlm: Vlm, directory: Path, scale: float, data: Sequence[llava.Data] = ()
 ) -> Encoded:
     """Put the pictures that are not there yet through encoder and connector."""
-    width = vlm.encoder.vision.width
-    shape = (vlm.tokens, vlm.lm.config.hidden_size)
+    width, lm_width = widths(vlm)
+    shape = (vlm.tokens, lm_width)
 
     @torch.inference_mode()
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -175,7 +163,8 @@ def train_base(
     torch.set_num_threads(default_threads())
     llava.check_together(data)
     recipe = base_recipe(vlm, seed, scale)
-    check_same_run(directory, vlm, [scale, *(one.source for one in data)])
+    model = identity_of(vlm)  # before the language model's products are in bfloat16
+    check_same_data(directory, [model, str(scale), *(one.source for one in data)])
     encoded = encode_base(vlm, directory, scale, data)
     if until == "prepare":
         return
@@ -193,33 +182,13 @@ def train_base(
         quality["held_out"] = read_modes(run, rows_of(world, "held"))
     parts.to(torch.device("cpu"))
     parts.finish()
-    write_weights(run, vlm, directory / "weights", quality)
+    base = {"name": vlm.name, "identity": model}
+    write_weights(run, base, directory / "weights", quality)
 
 
-def check_same_run(directory: Path, vlm: Vlm, settings: Sequence[Any]) -> None:
-    """Note in a run directory which model it is for and on what it trains.
-
-    Raises InputError when the run has begun with others.
-    """
-    path = directory / "base.json"
-    wanted = json.dumps({"model": identity(vlm), "settings": list(settings)})
-    if path.exists() and path.read_text() != wanted:
-        raise InputError(
-            f"{directory} holds a run for another model, scale or data: continue it as it was "
-            "started, or choose another --out"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(wanted)
-
-
-def identity(vlm: Vlm) -> str:
-    """A short hash of the weights that a memory depends on: connector and token embeddings, and
-    the encoder's first parameters."""
-    digest = hashlib.sha256()
-    first = next(iter(vlm.encoder.module.parameters()))
-    for value in (first, *vlm.connector.parameters(), token_table(vlm.lm)[:1024]):
-        digest.update(value.detach().half().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def identity_of(vlm: Vlm) -> str:
+    """A short hash of the model that a memory belongs to."""
+    return identity([vlm.encoder.module, vlm.connector, vlm.lm])
 
 
 def apart(world: World) -> frozenset[str]:
@@ -263,8 +232,10 @@ def choose_mode(run: stages.Run, kept_apart: frozenset[str]) -> None:
 # ---- weights -------------------------------------------------------------------------------------
 
 
-def write_weights(run: stages.Run, vlm: Vlm, weights: Path, quality: dict[str, Any]) -> None:
-    """The weights directory, its bank and the loss curve."""
+def write_weights(
+    run: stages.Run, base: dict[str, str], weights: Path, quality: dict[str, Any]
+) -> None:
+    """The weights directory, its bank and the loss curve; `base` says what model it is for."""
     parts, world = run.parts, run.world
     shutil.rmtree(weights, ignore_errors=True)  # of an earlier, shorter run
     weights.mkdir(parents=True)
@@ -274,7 +245,7 @@ def write_weights(run: stages.Run, vlm: Vlm, weights: Path, quality: dict[str, A
     assert parts.keys is not None
     save_key_arrays(weights / "key.npz", parts.keys)
     description = {
-        "base": {"name": vlm.name, "identity": identity(vlm)},
+        "base": base,
         "memory": asdict(parts.compressor.shape),
         "prompt": asdict(parts.prompt),
         "quality": quality,
@@ -299,7 +270,7 @@ def load_base(vlm: Vlm, directory: Path) -> Parts:
     except (OSError, ValueError) as error:
         raise InputError(f"{directory} holds no trained memory ({error})") from None
     base = description.get("base")
-    if not isinstance(base, dict) or base.get("identity") != identity(vlm):
+    if not isinstance(base, dict) or base.get("identity") != identity_of(vlm):
         name = base.get("name") if isinstance(base, dict) else "the default model"
         raise InputError(f"{directory} holds a memory for another model: {name}")
     shape = from_dict(MemoryShape, description["memory"], "memory")

@@ -134,8 +134,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from tinyalign.training.llava import read_data
     from tinyalign.training.parts import DEFAULT_WEIGHTS, copy_weights
-    from tinyalign.training.pipeline import scaled, train
-    from tinyalign.training.recipe import Recipe
+    from tinyalign.training.pipeline import train
+    from tinyalign.training.recipe import Recipe, scaled
 
     recipe = scaled(dataclasses.replace(Recipe(), seed=arguments.seed), arguments.scale)
     data = [read_data(file, images) for file, images in arguments.data]
@@ -153,14 +153,17 @@ def train_own(arguments: argparse.Namespace) -> None:
         raise InputError("--encoder and --lm go together")
     if arguments.install:
         raise InputError("--install is for the default model: --encoder has weights of its own")
-    from tinyalign.training.backbone import Places, backbone_recipe, load_backbone
+    from tinyalign.training.backbone import Places, load_backbone
     from tinyalign.training.llava import read_data
-    from tinyalign.training.pipeline import scaled, train
+    from tinyalign.training.pipeline import train
+    from tinyalign.training.recipe import recipe_for, scaled
 
     data = [read_data(file, images) for file, images in arguments.data]
     places = Places(*(located(name) for name in (arguments.encoder, arguments.lm)))
     backbone = load_backbone(places)
-    recipe = scaled(backbone_recipe(backbone, arguments.seed), arguments.scale)
+    width = int(backbone.lm.config.hidden_size)
+    recipe = recipe_for(backbone.width, width, backbone.prompt, arguments.seed)
+    recipe = scaled(recipe, arguments.scale)
     directory = arguments.out or Path("runs") / backbone.name
     train(recipe, directory, arguments.until or "2", data, backbone, arguments.scale)
 

@@ -19,7 +19,7 @@ from tinyalign.runtime.threads import default_threads
 from tinyalign.training import key_head, stages
 from tinyalign.training.backbone import Backbone, backbone_features
 from tinyalign.training.default_bank import build_bank
-from tinyalign.training.encoded import THUMBNAILS_NAME
+from tinyalign.training.encoded import PICTURES_NAME, THUMBNAILS_NAME
 from tinyalign.training.features import (
     ORDER,
     STYLES,
@@ -35,21 +35,10 @@ from tinyalign.training.parts import Parts, load_parts, new_parts, save_parts
 from tinyalign.training.pictures import imagenet_classes
 from tinyalign.training.plots import plot_losses
 from tinyalign.training.reading import print_reading, read_modes, rows_of
-from tinyalign.training.recipe import Recipe, Stage
+from tinyalign.training.recipe import Recipe
 from tinyalign.training.sources import cache_dir
 from tinyalign.training.unknown import calibrated_margin
 from tinyalign.training.world import World, fit_keys, make_world, with_floors, words_of
-
-
-def scaled(recipe: Recipe, scale: float) -> Recipe:
-    """The recipe with every stage's steps multiplied."""
-    changes: dict[str, Stage] = {}
-    for item in dataclasses.fields(recipe):
-        stage = getattr(recipe, item.name)
-        if isinstance(stage, Stage):
-            steps = max(1, round(stage.steps * scale))
-            changes[item.name] = dataclasses.replace(stage, steps=steps)
-    return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
 
 
 def prepare_world(
@@ -97,9 +86,10 @@ def check_same_data(directory: Path, sources: Sequence[str]) -> None:
     known = json.loads(path.read_text()) if path.exists() else []
     if known == list(sources):
         return
-    if any((directory / name).exists() for name in ("key.npz", "checkpoint.pt")):
+    if any((directory / name).exists() for name in ("key.npz", "checkpoint.pt", PICTURES_NAME)):
         raise InputError(
-            f"{directory} holds a run on other data (--data differs or a file has changed): "
+            f"{directory} holds a run on other data (--data differs, a file has changed, or it is "
+            "for another model, scale or data): "
             "continue it as it was started, or choose another --out"
         )
     directory.mkdir(parents=True, exist_ok=True)

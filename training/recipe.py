@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from tinyalign.runtime.manifest import PromptSpec
 from tinyalign.training.facts import answer_parts
@@ -110,3 +110,27 @@ class Recipe:
         {"lora": 8e-4, "connector": 5e-5, "rag_connector": 1e-4, "copy": 1e-2},
         warmup=20,
     )
+
+
+def recipe_for(vision_width: int, width: int, prompt: PromptSpec, seed: int) -> Recipe:
+    """The default recipe with shapes for another encoder, Dv wide, and language model, D wide."""
+    latent_width = min(MemoryShape.latent_width, width)
+    return Recipe(
+        seed=seed,
+        connector=ConnectorShape(vision_width=vision_width, width=width),
+        memory=MemoryShape(width, vision_width, latent_width=latent_width),
+        prompt=prompt,
+        image_key_width=min(Recipe.image_key_width, vision_width),
+        text_key_width=min(Recipe.text_key_width, width),
+    )
+
+
+def scaled(recipe: Recipe, scale: float) -> Recipe:
+    """The recipe with every stage's steps multiplied."""
+    changes: dict[str, Stage] = {}
+    for item in fields(recipe):
+        stage = getattr(recipe, item.name)
+        if isinstance(stage, Stage):
+            steps = max(1, round(stage.steps * scale))
+            changes[item.name] = replace(stage, steps=steps)
+    return replace(recipe, **changes)  # type: ignore[arg-type]
